@@ -1,0 +1,381 @@
+"""The assembled detector (Sec. 4, Fig. 3): Config, presets, the model, its scores, and the loading of weights.
+
+A clip (B, 3, T, H, W) becomes L feature maps (backbone, neck), encoded maps (encoder), maps on one common grid in all T
+frames, and for each frame A actors with a box, a confidence and C class logits (decoder).
+
+Departs from the paper where the released model does, each departure by its name in `Config.quirks`; the
+"small" initialisation and the spatial position table that goes with it are this project's, for the synthetic preset.
+"""
+
+# B clips, T frames, T' time steps of the backbone, F = B*T frames of a batch, A actors, C classes, L levels, D channels
+
+import ast
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from backbone import CSN152, CSNNeck, ConvNeck, ConvStem, ViT, ViTNeck
+from decoder import Decoder
+from encoder import DeformableEncoder, paper_frequencies, position_table, small_frequencies, time_weights, to_common_grid
+
+# The names of SPEC.md's quirks: where the released model departs from the paper's words. The four paper
+# presets have all of them (the paper's tables were made with them), the synthetic preset has none.
+QUIRKS = ("position_pairs", "offset_axes", "grid_edge", "anchor_before_norm", "three_way_confidence", "shared_block",
+          "bare_output", "split_heads", "unmasked_padding", "unused_tensors")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every size and switch of the model, the objective, the clips and the recipe. Flat on purpose: `--set name=value`."""
+    # the clip
+    frames: int = 32                    # T, frames of a clip
+    sampling_rate: int = 1              # every how many frames of the video one is taken
+    resize_size: int = 256              # short side a frame is resized to in training, before the crop
+    crop_size: int = 224                # short side of the training crop (the aspect ratio is kept)
+    test_size: int = 224                # short side at test time
+    # the model
+    num_classes: int = 24               # C
+    num_queries: int = 15               # A, actor queries per frame
+    encoder_layers: int = 3
+    decoder_layers: int = 3
+    dim: int = 256                      # D
+    num_heads: int = 8                  # M
+    num_levels: int = 4                 # L, feature maps
+    num_points: int = 8                 # P, sampling points per head and level
+    grid_level: int = 2                 # the level whose H x W is the common grid of the decoder
+    dim_feedforward: int = 2048
+    dropout: float = 0.1
+    logit_dropout: float = 0.5          # before the mean over channels that gives a class logit
+    conv_blocks: int = 3                # convolution blocks of a classifying layer
+    backbone: str = "vit"               # "vit", "csn152" or "conv"
+    vit_depth: int = 12
+    vit_width: int = 768
+    vit_heads: int = 12
+    drop_path: float = 0.2              # stochastic depth of the ViT, linear over its depth
+    key_frame: bool = False             # only frame T // 2 is decoded (AVA)
+    gate: float = 0.0                   # test time: actors below this confidence skip the classifying layers (0: none does)
+    initialisation: str = "paper"       # "paper" (SPEC.md) or "small" (SYNTHETIC.md: what a small model needs)
+    quirks: tuple = QUIRKS              # names of the released model's departures that are in force
+    checkpoint_backbone: bool = False   # recompute the backbone's blocks in the backward pass to save memory
+    checkpoint_classifier: bool = False # the same for the classifying layers
+    # the objective
+    cost_confidence: float = 4.0        # matching cost
+    cost_box: float = 5.0
+    cost_giou: float = 2.0
+    loss_class: float = 4.0             # loss weights
+    loss_box: float = 5.0
+    loss_giou: float = 2.0
+    loss_confidence: float = 3.0
+    no_actor_weight: float = 0.5        # of unmatched queries in the confidence loss
+    label_smoothing: float = 0.0
+    score_with_confidence: bool = True  # class score = sigmoid(logit) * confidence (ucf, jhmdb); False: sigmoid(logit) (ava)
+    deep_supervision: bool = False      # the loss on every decoder layer, not the last only
+    # augmentation
+    flip: float = 0.5                   # probability of a horizontal flip
+    jitter_hue: int = 10                # +- of 180, cyclic
+    jitter_saturation: int = 128        # +- of 255, clipped; the value (brightness) likewise
+    permute_colours: bool = False       # a random order of the three colour channels (synthetic)
+    # the recipe
+    batch_size: int = 8                 # clips per step, over all processes and micro-batches
+    micro_batch: int = 1                # clips a process takes at once, at most
+    epochs: int = 18
+    clips_per_epoch: int = 0            # clips after which an epoch ends (0: the whole training set)
+    train_frames: int = 0               # frames of a clip decoded in training, drawn at random (0: all)
+    schedule: str = "step"              # "step" (x0.1 at each of drop_epochs) or "cosine" (to zero)
+    drop_epochs: tuple = (16,)
+    warmup_epochs: float = 4.0
+    warmup_lr: float = 2e-6             # the rate the linear warm-up starts from
+    lr: float = 2e-4
+    backbone_lr: float = 2e-5
+    weight_decay: float = 2e-4
+    adam_beta2: float = 0.999
+    clip_norm: float = 0.1              # of the gradient, over all parameters
+    eval_every: int = 1                 # epochs between evaluations
+
+    def __post_init__(self):
+        unknown = set(self.quirks) - set(QUIRKS)
+        if unknown:
+            raise ValueError(f"unknown quirks {sorted(unknown)}; there are: {', '.join(QUIRKS)}")
+
+    @property
+    def released(self):
+        """True when all quirks of the released model are in force."""
+        return set(self.quirks) == set(QUIRKS)
+
+
+UCF = Config()
+AVA = replace(
+    UCF, frames=16, sampling_rate=4, resize_size=288, crop_size=256, test_size=256, num_classes=80, encoder_layers=6,
+    decoder_layers=6, key_frame=True, cost_confidence=12.0, loss_class=10.0, loss_confidence=1.0, no_actor_weight=0.1,
+    label_smoothing=0.1, score_with_confidence=False, jitter_saturation=102, batch_size=16, micro_batch=2, epochs=12,
+    drop_epochs=(8, 11), warmup_epochs=3.0, warmup_lr=1e-5, lr=1e-4, backbone_lr=1e-5, weight_decay=1e-4)
+PRESETS = {
+    "ucf": UCF,
+    "ava": AVA,
+    "ava_csn152": replace(AVA, frames=32, sampling_rate=2, backbone="csn152"),
+    "jhmdb": replace(UCF, frames=40, resize_size=288, crop_size=256, test_size=256, num_classes=21, num_queries=5,
+                     epochs=350, drop_epochs=(300,), warmup_epochs=10.0, eval_every=10),
+    "synthetic": Config(
+        frames=8, resize_size=64, crop_size=64, test_size=64, num_classes=9, num_queries=5, encoder_layers=1,
+        decoder_layers=2, dim=64, num_heads=4, num_levels=2, num_points=2, grid_level=0, dim_feedforward=256,
+        dropout=0.0, logit_dropout=0.0, conv_blocks=1, backbone="conv", initialisation="small", quirks=(), deep_supervision=True,
+        jitter_hue=0, jitter_saturation=0, permute_colours=True, batch_size=16, micro_batch=8, epochs=10,
+        clips_per_epoch=3200, train_frames=2, schedule="cosine", drop_epochs=(), warmup_epochs=0.5, warmup_lr=0.0,
+        lr=1e-3, backbone_lr=1e-3, weight_decay=1e-2, adam_beta2=0.98, clip_norm=1.0, eval_every=2),
+}
+
+
+def override(config, assignments):
+    """Config with ["name=value", ...] applied; an unknown name or a value of the wrong type is an error that lists what there is."""
+    kinds = {field.name: field.type for field in fields(Config)}
+    changes = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or name not in kinds:
+            raise ValueError(f"--set {assignment}: not name=value with one of the names {', '.join(kinds)}")
+        kind = kinds[name]
+        try:
+            value = text if kind is str else ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = tuple(text.split(",")) if kind is tuple else text
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind is tuple and not isinstance(value, tuple):
+            value = tuple(value) if isinstance(value, list) else (value,)
+        if type(value) is not kind:
+            raise ValueError(f"--set {assignment}: {name} is {kind.__name__} (now {getattr(config, name)!r})")
+        changes[name] = value
+    return replace(config, **changes)
+
+
+def config_from_dict(values):
+    """Config from `dataclasses.asdict` of one, as a checkpoint or config.json holds it."""
+    unknown = set(values) - {field.name for field in fields(Config)}
+    if unknown:
+        raise ValueError(f"the checkpoint's Config has fields that this version does not know: {sorted(unknown)}")
+    return Config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+class VideoActionDetector(nn.Module):
+    """The detector of Fig. 3. See `forward`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        dim, small = config.dim, config.initialisation == "small"
+        if config.backbone == "vit":
+            self.backbone = ViT(config.frames, config.vit_depth, config.vit_width, config.vit_heads, config.drop_path,
+                                config.checkpoint_backbone)
+            self.neck = ViTNeck(config.vit_width, dim)
+        elif config.backbone == "csn152":
+            self.backbone, self.neck = CSN152(config.checkpoint_backbone), CSNNeck(dim)
+        elif config.backbone == "conv":
+            self.backbone, self.neck = ConvStem(), ConvNeck(dim)
+        else:
+            raise ValueError(f"backbone {config.backbone!r}: there are 'vit', 'csn152' and 'conv'")
+        self.encoder = DeformableEncoder(config.encoder_layers, dim, config.num_heads, config.num_levels, config.num_points,
+                                         config.dim_feedforward, config.dropout, "offset_axes" in config.quirks)
+        self.frequencies = small_frequencies if small else \
+            partial(paper_frequencies, pairs_differ="position_pairs" in config.quirks)
+        self.decoder = Decoder(
+            config.decoder_layers, dim, config.num_heads, config.num_levels, config.dim_feedforward, config.dropout,
+            config.num_queries, 1 if config.key_frame else config.frames, config.num_classes, config.conv_blocks,
+            config.logit_dropout, config.checkpoint_classifier,
+            frequencies=small_frequencies(dim // 2) if small else paper_frequencies(dim // 2),
+            num_groups=config.num_heads if small else 1, quirks=config.quirks)
+        self.actor_embed = nn.Parameter(0.5 * torch.randn(config.num_queries, dim)) if small else None
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self):
+        """SPEC.md's initialisation; with Config.initialisation "small" what SYNTHETIC.md found that a small model needs."""
+        decoder = self.decoder
+        for part in (self.encoder, decoder):
+            for parameter in part.parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+        self.encoder.initialise()
+        nn.init.normal_(decoder.anchors)
+        nn.init.zeros_(decoder.box_head.layers[-1].weight)
+        nn.init.zeros_(decoder.box_head.layers[-1].bias)
+        if self.config.initialisation == "small":
+            nn.init.normal_(decoder.class_queries)
+            nn.init.normal_(decoder.class_norm.weight, std=3.0)  # the mean of a LayerNorm of weight 1 has no gradient
+            nn.init.constant_(decoder.class_norm.bias, -2.0)
+            order = torch.arange(decoder.num_queries) + 0.5
+            grid = torch.stack([order / len(order), (order * 0.618) % 1, 0 * order + 0.25, 0 * order + 0.4], dim=-1)
+            decoder.anchors.copy_(torch.logit(grid).repeat_interleave(decoder.num_frames, dim=0))  # row a * T + t
+            for layer in (*decoder.localizing, *decoder.classifying):
+                layer.initialise_by_place()
+
+    def level_paddings(self, padding_mask, maps):
+        """padding_mask (B, H, W) -> L x (B, T_l, H_l, W_l) by PyTorch's nearest, index floor(i * in / out)."""
+        mask = padding_mask[:, None].float()
+        return [F.interpolate(mask, size=x.shape[-2:], mode="nearest").bool().expand(-1, x.shape[2], -1, -1) for x in maps]
+
+    def tables(self, paddings):
+        """Position tables of the levels, L x (B, T_l, H_l, W_l, D), and of the keys on the common grid, (B, T', H, W, D)."""
+        dim, groups = self.config.dim, self.decoder.num_groups
+        small = self.config.initialisation == "small"
+        of_axes = partial(position_table, frequencies=self.frequencies, num_groups=groups, centred=small)
+        tables = [of_axes(padding, (dim // 4, 3 * dim // 8, 3 * dim // 8)) for padding in paddings]
+        level = self.config.grid_level
+        keys = of_axes(paddings[level], (0, dim // 2, dim // 2)) if small else tables[level]  # laid out as the anchors are
+        return tables, keys
+
+    def forward(self, clips, padding_mask=None, return_attention=False, frames=None):
+        """clips (B, 3, T, H, W), normalised; padding_mask (B, H, W), True on padding; frames (k,) indices on the CPU:
+        only these are decoded, k in place of T below. Key-frame presets decode frame T // 2 alone.
+
+        Returns pred_boxes (B, T, A, 4) cx, cy, w, h in [0, 1] of the clip's own unpadded frame, pred_logits (B, T, A, C),
+        pred_conf (B, T, A) logit, aux_outputs (the same of each earlier layer), and attention (B, T, A, C, H', W') if asked.
+        """
+        config = self.config
+        batch, _, length, height, width = clips.shape
+        if length != config.frames:
+            raise ValueError(f"clips of {length} frames for a model of {config.frames}: cut the clip or set Config.frames")
+        if padding_mask is None:
+            padding_mask = torch.zeros(1, height, width, dtype=torch.bool, device=clips.device)
+        if config.key_frame:
+            frames = torch.tensor([length // 2])
+        elif frames is None:
+            frames = torch.arange(length)
+        maps = self.neck(self.backbone(clips))
+        paddings = self.level_paddings(padding_mask, maps)                                        # L x (B or 1, T', H, W)
+        tables, keys = self.tables(paddings)
+        if config.initialisation == "small":  # the convolutional stem knows no places
+            maps = [x + table.movedim(-1, 1) for x, table in zip(maps, tables)]
+        grid_edge = "grid_edge" in config.quirks
+        times = time_weights(maps, length, frames, grid_edge)                                     # L x (T, T')
+        steps = [(time != 0).any(0) for time in times]
+        encoded = self.encoder(maps, paddings, tables, steps)
+        padding = paddings[config.grid_level]
+        memory = to_common_grid(encoded, padding.shape[2:], [time[:, step] for time, step in zip(times, steps)], grid_edge)
+        rows = frames % padding.shape[1]  # the T' rows of the table, tiled over T
+        keys, padding = (part[:, rows].expand(batch, *[-1] * (part.dim() - 1)).flatten(0, 1) for part in (keys, padding))
+        anchors = self.decoder.anchors.sigmoid().view(config.num_queries, -1, 4).transpose(0, 1)  # (T, A, 4)
+        anchors = anchors if config.key_frame else anchors[frames]
+        anchors = anchors.expand(batch, -1, -1, -1).flatten(0, 1)                                 # (F, A, 4)
+        actors = memory.new_zeros(config.num_queries, config.dim) if self.actor_embed is None else self.actor_embed
+        predictions, attention = self.decoder(
+            memory.flatten(0, 1), keys, padding, anchors, actors.expand(len(anchors), -1, -1),
+            0.0 if self.training else config.gate, return_attention)
+        layers = [{name: value.unflatten(0, (batch, -1)) for name, value in layer.items()} for layer in predictions]
+        out = {**layers[-1], "aux_outputs": layers[:-1]}
+        if return_attention:
+            out["attention"] = attention.unflatten(0, (batch, -1))                                # (B, T, A, C, H', W')
+        return out
+
+
+def scores(out, config):
+    """Class scores at test time (Sec. 4.3), (B, T, A, C) in [0, 1]: sigmoid of the logit, for ucf and jhmdb times the confidence."""
+    probabilities = out["pred_logits"].float().sigmoid()
+    if not config.score_with_confidence:
+        return probabilities
+    return probabilities * out["pred_conf"].float().sigmoid()[..., None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights: this project's checkpoints, and the authors'
+
+# The released names (regular expressions) and ours. An order: the first that matches counts.
+RELEASED_NAMES = [
+    (r"backbone\.0\.body\.(blocks\.\d+)\.attn\.(qkv|proj|q_bias|v_bias)", r"backbone.\1.\2"),
+    (r"backbone\.0\.body\.(blocks\.\d+)\.mlp\.", r"backbone.\1."),
+    (r"backbone\.0\.body\.patch_embed\.proj\.", r"backbone.patch_embed."),
+    (r"backbone\.0\.body\.", r"backbone."),
+    (r"backbone\.0\.lateral_convs\.|input_proj\.", r"neck."),
+    (r"transformer\.level_embed", r"encoder.level_embed"),
+    (r"transformer\.encoder\.(layers\.\d+)\.self_attn\.", r"encoder.\1."),
+    (r"transformer\.encoder\.", r"encoder."),
+    (r"transformer\.decoder\.layers\.(\d+)\.", r"decoder.localizing.\1."),
+    (r"transformer\.decoder\.cls_layers\.(\d+)\.", r"decoder.classifying.\1."),
+    (r"transformer\.decoder\.(norm|class_queries)\b", r"decoder.\1"),
+    (r"transformer\.decoder\.query_scale\.", r"decoder.query_scale."),
+    (r"transformer\.decoder\.ref_point_head\.", r"decoder.box_position."),
+    (r"transformer\.decoder\.ref_anchor_head\.", r"decoder.size_modulation."),
+    (r"transformer\.decoder\.cls_norm2\.", r"decoder.class_norm."),
+    (r"transformer\.decoder\.cls_norm\.", r"decoder.unused_norm."),
+    (r"(transformer\.decoder\.)?bbox_embed\.", r"decoder.box_head."),
+    (r"class_embed_b\.", r"decoder.confidence_head."),
+    (r"refpoint_embed\.weight", r"decoder.anchors"),
+]
+RELEASED_PARTS = {
+    "localizing": {"sa_qcontent_proj": "self_query_content", "sa_qpos_proj": "self_query_position",
+                   "sa_kcontent_proj": "self_key_content", "sa_kpos_proj": "self_key_position", "sa_v_proj": "self_value",
+                   "self_attn.out_proj": "self_output", "lvl_w_embed": "level_weights", "norm_": "context_norm",
+                   "ca_qcontent_proj": "cross_query_content", "ca_qpos_proj": "cross_query_box",
+                   "ca_qpos_sine_proj": "cross_query_position", "ca_kcontent_proj": "cross_key_content",
+                   "ca_kpos_proj": "cross_key_position", "ca_v_proj": "cross_value", "cross_attn.out_proj": "cross_output"},
+    "classifying": {"cls_linear1": "actor_linear1", "cls_linear2": "actor_linear2", "cls_norm": "actor_norm",
+                    "conv_norm": "context_norm", "self_attn.out_proj": "self_output", "q_proj": "unused_query",
+                    "k_proj": "key_content", "v_proj": "value", "cls_qpos_sine_proj": "query_position",
+                    "cross_attn.out_proj": "output", "cls_linear1_": "linear1", "cls_linear2_": "linear2",
+                    "cls_norm_": "norm3"},
+}
+
+
+def translate(name):
+    """A released tensor's name -> ours, or None if the table does not know it."""
+    for pattern, ours in RELEASED_NAMES:
+        match = re.match(pattern, name)
+        if match:
+            name = match.expand(ours) + name[match.end():]
+            break
+    else:
+        return None
+    layer = re.match(r"decoder\.(localizing|classifying)\.\d+\.", name)
+    if layer:
+        part, leaf = name[layer.end():].rsplit(".", 1)
+        block = re.match(r"conv_blocks\.\d+\.", part + ".")
+        if block:  # the released blocks are one block, listed as often as it is applied
+            part = "blocks.0." + part[block.end():].replace("conv2", "linear1").replace("conv3", "linear2")
+        else:
+            part = RELEASED_PARTS[layer[1]].get(part, part)
+        return f"{layer[0]}{part}.{leaf}"
+    return re.sub(r"class_queries\.weight$", "class_queries", name)
+
+
+def load_released(model, state_dict):
+    """The authors' checkpoint (`model` / `module.` wrapping allowed) into this model: every tensor once, every shape checked.
+
+    Tensors that the release lists twice must be equal. Offsets are laid out (x, y, t) there and (t, h, w) here. Raises
+    ValueError with the names, and leaves the model as it was, if anything is missing, left over or of another shape.
+    """
+    if isinstance(state_dict.get("model"), dict):
+        state_dict = state_dict["model"]
+    own = model.state_dict()
+    loaded, problems = {}, []
+    for released, value in state_dict.items():
+        name = translate(re.sub(r"^module\.", "", released))
+        if name not in own:
+            problems.append(f"not a tensor of this preset: {released}")
+            continue
+        if "sampling_offsets" in name:
+            value = value.unflatten(0, (-1, 3)).flip(1).flatten(0, 1)                             # (M*L*P*3, ...)
+        if value.dim() > 2 and own[name].dim() == 2:  # 1x1 convolutions there, linear maps here
+            value = value.flatten(1)
+        if value.shape != own[name].shape:
+            problems.append(f"{released}: shape {tuple(value.shape)}, {tuple(own[name].shape)} expected")
+        elif name in loaded and not torch.equal(loaded[name], value):
+            problems.append(f"{released}: should equal the tensor that it shares {name} with")
+        loaded[name] = value
+    problems += [f"missing: {name}" for name in own if name not in loaded]
+    if problems:
+        raise ValueError(f"not a released checkpoint of this preset ({len(problems)} problems):\n  " + "\n  ".join(problems[:20]))
+    model.load_state_dict(loaded)
+    return model
+
+
+def load_checkpoint(path, device="cpu"):
+    """(model, checkpoint): a checkpoint of train.py, the model built from its Config. Nothing in the file is executed."""
+    checkpoint = torch.load(path, map_location=device, weights_only=True)
+    if not isinstance(checkpoint, dict) or not {"model", "config"} <= set(checkpoint):
+        raise ValueError(f"{path}: not a checkpoint of this project (a dict with 'model' and 'config')")
+    model = VideoActionDetector(config_from_dict(checkpoint["config"])).to(device)
+    model.load_state_dict(checkpoint["model"])
+    return model, checkpoint
