@@ -10,7 +10,9 @@ The ViT does not mask padding (the released model does not); a side that 16 does
 
 # B clips, T frames, T' time steps of the backbone, H, W cells, D channels, N tokens (T'HW), M heads
 
-import math
+import argparse
+import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -223,3 +225,122 @@ class ConvNeck(nn.ModuleList):
 
     def forward(self, features):
         return [level(x) for level, x in zip(self, features)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published weights
+
+# What a file holds beside the backbone: classification heads, and the decoder of a pre-training.
+LEFT_OUT = r"head\.|fc_norm\.|classifier\.|decoder\.|encoder_to_decoder|mask_token|decoder_norm|__|last_out|pred"
+
+# Names of the Hugging Face VideoMAE models and VideoMAE's own.
+HUGGING_FACE_NAMES = [
+    (r"^(videomae\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(videomae\.)?encoder\.layer\.", "blocks."),
+    (r"^(videomae\.)?layernorm\.", "norm."),
+    (r"\.attention\.attention\.(q_bias|v_bias|query|key|value)", r".attn.\1"),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+]
+
+
+def open_checkpoint(path):
+    """The content of a PyTorch file. Nothing in it is executed: beside tensors and plain containers only
+    argparse.Namespace is admitted. ValueError if it cannot be read."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a reader raises on a broken file: named here, and raised
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def read_weights(path):
+    """The tensors of a weight file by name: PyTorch (`module`, `model` wrapping undone), safetensors or Matlab."""
+    path = Path(path)
+    if path.suffix in (".mat", ".safetensors"):
+        from safetensors.torch import load_file
+        from scipy.io import loadmat
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        try:
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            return {name: torch.from_numpy(value) for name, value in loadmat(path).items() if not name.startswith("__")}
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read as weights ({type(error).__name__}: {str(error)[:200]})") from error
+    content = open_checkpoint(path)
+    for wrapping in ("module", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(wrapping), dict):
+            content = content[wrapping]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{path}: not a dict of tensors")
+    return content
+
+
+def vit_names(tensors):
+    """VideoMAE's tensors, in its own naming or in Hugging Face's, under this project's names."""
+    named = {}
+    for name, value in tensors.items():
+        if any(part in name for part in ("encoder.layer.", "embeddings.")) or name.startswith(("videomae.", "layernorm.")):
+            for pattern, ours in HUGGING_FACE_NAMES:
+                name = re.sub(pattern, ours, name)
+        name = re.sub(r"^encoder\.", "", name).replace("patch_embed.proj.", "patch_embed.")
+        named[re.sub(r"\.(attn|mlp)\.", ".", name)] = value
+    for name in [name for name in named if name.endswith(".query.weight")]:  # query, key, value apart
+        parts = [name.replace("query", part) for part in ("query", "key", "value")]
+        if all(part in named for part in parts):
+            named[name.replace("query", "qkv")] = torch.cat([named.pop(part) for part in parts])
+    return named
+
+
+def csn_names(tensors):
+    """ir-CSN-152's tensors in Caffe2's naming, blocks counted 0..49 over the stages, under this project's names."""
+    blocks = [f"layer{stage}.{block}" for stage, depth in enumerate((3, 8, 36, 3), start=1) for block in range(depth)]
+    leaves = {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
+    patterns = [
+        (r"conv1_w", lambda: "conv1.weight"),
+        (r"conv1_spatbn_relu_(s|b|rm|riv)", lambda leaf: f"bn1.{leaves[leaf]}"),
+        (r"comp_(\d+)_conv_([134])_w", lambda n, conv: f"{blocks[int(n)]}.conv{conv}.weight"),
+        (r"comp_(\d+)_spatbn_([134])_(s|b|rm|riv)", lambda n, conv, leaf: f"{blocks[int(n)]}.bn{conv}.{leaves[leaf]}"),
+        (r"shortcut_projection_(\d+)_w", lambda n: f"{blocks[int(n)]}.down_sample.0.weight"),
+        (r"shortcut_projection_(\d+)_(?:spatbn_)?(s|b|rm|riv)", lambda n, leaf: f"{blocks[int(n)]}.down_sample.1.{leaves[leaf]}"),
+    ]
+    named = {}
+    for name, value in tensors.items():
+        for pattern, ours in patterns:
+            match = re.fullmatch(pattern, name)
+            if match and all(int(number) < len(blocks) for number in match.groups()[:1] if number.isdigit()):
+                name = ours(*match.groups())
+        named[name] = value
+    return named
+
+
+def load_backbone(model, path):
+    """Published weights into `model.backbone`: every tensor of the file used or left out by name, every shape checked.
+
+    VideoMAE's ViT-B in its own naming or Hugging Face's (a fine-tuned file has no last LayerNorm: ours keeps its start),
+    or the Kinetics / IG-65M `.mat` of ir-CSN-152. Raises ValueError with the names, the model untouched, otherwise.
+    """
+    backbone, own = model.backbone, model.backbone.state_dict()
+    read = read_weights(path)
+    named = csn_names(read) if isinstance(backbone, CSN152) else vit_names(read)
+    fine_tuned = any("fc_norm." in name for name in named)
+    named = {name: value for name, value in named.items() if not re.match(LEFT_OUT, name)}
+    if isinstance(backbone, CSN152):
+        named = {name: value.flatten() if name in own and own[name].dim() == 1 else value for name, value in named.items()}
+    optional = {name for name in own if name.endswith("num_batches_tracked")}
+    optional |= {"norm.weight", "norm.bias"} if fine_tuned else set()
+    problems = [f"not a tensor of this backbone: {name}" for name in named if name not in own]
+    problems += [f"missing: {name}" for name in own if name not in named and name not in optional]
+    problems += [f"{name}: shape {tuple(value.shape)}, {tuple(own[name].shape)} expected" for name, value in named.items()
+                 if name in own and value.shape != own[name].shape]
+    if problems:
+        raise ValueError(f"{path} does not fit the backbone ({len(problems)} problems):\n  " + "\n  ".join(problems[:20]))
+    backbone.load_state_dict(named, strict=False)  # strictness is above, with the names
+    return model

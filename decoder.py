@@ -67,6 +67,12 @@ def merge_heads(x):
     return x.transpose(-3, -2).flatten(-2)
 
 
+def by_place(num_heads, dim):
+    """Identity projection of a positional part, times 2 in the first head down to 1 in the last: a narrow to a wide look.
+    (M, D/M, D)"""
+    return (torch.eye(dim).unflatten(0, (num_heads, -1)) * torch.linspace(2, 1, num_heads)[:, None, None])
+
+
 class LocalizingLayer(nn.Module):
     """One localizing layer (Fig. 4a). Weights of the query and key projections carry the role they play in Sec. 4.2."""
 
@@ -97,9 +103,9 @@ class LocalizingLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def initialise_by_place(self):
-        """Positional projections twice the identity, so that an actor first looks at its own box."""
+        """An actor first looks at and around its own box."""
         for projection in (self.cross_query_position, self.cross_key_position):
-            nn.init.eye_(projection.weight).mul_(2)
+            projection.weight.copy_(by_place(self.num_heads, projection.in_features).flatten(0, 1))
             nn.init.zeros_(projection.bias)
 
     def self_attention(self, x, query_position):
@@ -203,14 +209,14 @@ class ClassifyingLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def initialise_by_place(self):
-        """Half of each head content, half position, the positional half twice the identity: an actor first looks at itself."""
+        """Half of each head content, half position, so that every class first looks at and around the actor."""
         dim, heads = self.output.in_features, self.num_heads
+        place = by_place(heads, dim)                                                        # (M, D/M, D)
         if "split_heads" in self.quirks:  # position has heads of its own already
-            nn.init.eye_(self.query_position.weight).mul_(2)
+            self.query_position.weight.copy_(place.flatten(0, 1))
             return
         for weight in (self.query.weight, self.key.weight):
             content = nn.init.xavier_uniform_(torch.empty(dim, dim)).view(heads, -1, dim)   # (M, D/M, D)
-            place = 2 * torch.eye(dim).view(heads, -1, dim)
             rows = torch.cat([torch.cat([content, 0 * place], -1), torch.cat([0 * content, place], -1)], 1)
             weight.copy_(rows.flatten(0, 1))                                                # (M * 2D/M, 2D)
 

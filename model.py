@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbone import CSN152, CSNNeck, ConvNeck, ConvStem, ViT, ViTNeck
+from backbone import CSN152, CSNNeck, ConvNeck, ConvStem, ViT, ViTNeck, load_backbone, open_checkpoint  # noqa: F401
 from decoder import Decoder
 from encoder import DeformableEncoder, paper_frequencies, position_table, small_frequencies, time_weights, to_common_grid
 
@@ -120,12 +120,12 @@ PRESETS = {
     "jhmdb": replace(UCF, frames=40, resize_size=288, crop_size=256, test_size=256, num_classes=21, num_queries=5,
                      epochs=350, drop_epochs=(300,), warmup_epochs=10.0, eval_every=10),
     "synthetic": Config(
-        frames=8, resize_size=64, crop_size=64, test_size=64, num_classes=9, num_queries=5, encoder_layers=1,
+        frames=8, resize_size=64, crop_size=64, test_size=64, num_classes=9, num_queries=4, encoder_layers=1,
         decoder_layers=2, dim=64, num_heads=4, num_levels=2, num_points=2, grid_level=0, dim_feedforward=256,
         dropout=0.0, logit_dropout=0.0, conv_blocks=1, backbone="conv", initialisation="small", quirks=(), deep_supervision=True,
-        jitter_hue=0, jitter_saturation=0, permute_colours=True, batch_size=16, micro_batch=8, epochs=10,
-        clips_per_epoch=3200, train_frames=2, schedule="cosine", drop_epochs=(), warmup_epochs=0.5, warmup_lr=0.0,
-        lr=1e-3, backbone_lr=1e-3, weight_decay=1e-2, adam_beta2=0.98, clip_norm=1.0, eval_every=2),
+        jitter_hue=0, jitter_saturation=0, permute_colours=True, batch_size=16, micro_batch=8, epochs=6,
+        clips_per_epoch=4000, train_frames=2, schedule="cosine", drop_epochs=(), warmup_epochs=0.25, warmup_lr=0.0,
+        lr=1e-3, backbone_lr=3e-3, weight_decay=1e-2, adam_beta2=0.98, clip_norm=1.0, eval_every=3),
 }
 
 
@@ -209,6 +209,9 @@ class VideoActionDetector(nn.Module):
             order = torch.arange(decoder.num_queries) + 0.5
             grid = torch.stack([order / len(order), (order * 0.618) % 1, 0 * order + 0.25, 0 * order + 0.4], dim=-1)
             decoder.anchors.copy_(torch.logit(grid).repeat_interleave(decoder.num_frames, dim=0))  # row a * T + t
+            for head, bias in [(decoder.query_scale, 1.0), (decoder.size_modulation, grid[0, 2:].logit())]:
+                nn.init.zeros_(head.layers[-1].weight)  # P starts as the plain embedding of the anchor in every layer
+                head.layers[-1].bias.copy_(torch.as_tensor(bias))
             for layer in (*decoder.localizing, *decoder.classifying):
                 layer.initialise_by_place()
 
@@ -340,42 +343,72 @@ def translate(name):
     return re.sub(r"class_queries\.weight$", "class_queries", name)
 
 
-def load_released(model, state_dict):
-    """The authors' checkpoint (`model` / `module.` wrapping allowed) into this model: every tensor once, every shape checked.
+def released_weights(state_dict):
+    """The authors' tensors (`model` / `module.` wrapping allowed) under our names and in our layouts -> (tensors, problems).
 
-    Tensors that the release lists twice must be equal. Offsets are laid out (x, y, t) there and (t, h, w) here. Raises
-    ValueError with the names, and leaves the model as it was, if anything is missing, left over or of another shape.
+    Tensors that the release lists twice must be equal. Offsets are laid out (x, y, t) there and (t, h, w) here.
     """
     if isinstance(state_dict.get("model"), dict):
         state_dict = state_dict["model"]
-    own = model.state_dict()
     loaded, problems = {}, []
     for released, value in state_dict.items():
         name = translate(re.sub(r"^module\.", "", released))
-        if name not in own:
-            problems.append(f"not a tensor of this preset: {released}")
+        if name is None:
+            problems.append(f"not a released tensor: {released}")
             continue
         if "sampling_offsets" in name:
             value = value.unflatten(0, (-1, 3)).flip(1).flatten(0, 1)                             # (M*L*P*3, ...)
-        if value.dim() > 2 and own[name].dim() == 2:  # 1x1 convolutions there, linear maps here
+        if "classifying" in name and value.shape[2:] == (1, 1):  # 1x1 convolutions there, linear maps here
             value = value.flatten(1)
-        if value.shape != own[name].shape:
-            problems.append(f"{released}: shape {tuple(value.shape)}, {tuple(own[name].shape)} expected")
-        elif name in loaded and not torch.equal(loaded[name], value):
+        if name in loaded and not torch.equal(loaded[name], value):
             problems.append(f"{released}: should equal the tensor that it shares {name} with")
         loaded[name] = value
+    return loaded, problems
+
+
+def load_released(model, state_dict):
+    """The authors' checkpoint into this model: every tensor once, every shape checked.
+
+    Raises ValueError with the names, and leaves the model as it was, if anything is missing, left over or of another shape.
+    """
+    own = model.state_dict()
+    loaded, problems = released_weights(state_dict)
+    problems += [f"not a tensor of this preset: {name}" for name in loaded if name not in own]
     problems += [f"missing: {name}" for name in own if name not in loaded]
+    problems += [f"{name}: shape {tuple(value.shape)}, {tuple(own[name].shape)} expected" for name, value in loaded.items()
+                 if name in own and value.shape != own[name].shape]
     if problems:
         raise ValueError(f"not a released checkpoint of this preset ({len(problems)} problems):\n  " + "\n  ".join(problems[:20]))
     model.load_state_dict(loaded)
     return model
 
 
-def load_checkpoint(path, device="cpu"):
-    """(model, checkpoint): a checkpoint of train.py, the model built from its Config. Nothing in the file is executed."""
-    checkpoint = torch.load(path, map_location=device, weights_only=True)
-    if not isinstance(checkpoint, dict) or not {"model", "config"} <= set(checkpoint):
-        raise ValueError(f"{path}: not a checkpoint of this project (a dict with 'model' and 'config')")
-    model = VideoActionDetector(config_from_dict(checkpoint["config"])).to(device)
-    model.load_state_dict(checkpoint["model"])
-    return model, checkpoint
+def read_checkpoint(path):
+    """{"model": tensors under our names, "config": dict, "kind", "dataset", "classes", ...} of a checkpoint of train.py, or of
+    the authors' with what can be known of it: the preset, by backbone and number of classes. ValueError for other files."""
+    content = open_checkpoint(path)
+    if isinstance(content, dict) and {"model", "config"} <= set(content):
+        return {**content, "kind": "a checkpoint of this project"}
+    tensors, problems = released_weights(content) if isinstance(content, dict) else ({}, [])
+    if problems or "decoder.class_queries" not in tensors:
+        raise ValueError(f"{path}: neither a checkpoint of this project (a dict with 'model' and 'config') nor one of the "
+                         f"authors'{': ' if problems else ''}{'; '.join(problems[:5])}")
+    classes = len(tensors["decoder.class_queries"])
+    backbone = "csn152" if "backbone.conv1.weight" in tensors else "vit"
+    presets = [name for name, preset in PRESETS.items() if (preset.num_classes, preset.backbone) == (classes, backbone)]
+    if not presets:
+        raise ValueError(f"{path}: a released checkpoint of {classes} classes and backbone {backbone}, which is no preset's")
+    return {"model": tensors, "config": asdict(PRESETS[presets[0]]), "dataset": presets[0].split("_")[0], "classes": None,
+            "kind": f"a released checkpoint, preset {presets[0]}", "epoch": None, "metrics": {}}
+
+
+def load_checkpoint(path, device="cpu", changes=()):
+    """(model, checkpoint): the model of a checkpoint of train.py or of the authors', its Config with `changes` (as for
+    `override`) applied. Nothing in the file is executed. ValueError where it does not fit."""
+    checkpoint = read_checkpoint(path)
+    model = VideoActionDetector(override(config_from_dict(checkpoint["config"]), changes))
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise ValueError(f"{path} ({checkpoint['kind']}) does not fit: {str(error)[:1000]}") from error
+    return model.to(device), checkpoint

@@ -1,4 +1,5 @@
 """model.py: equal to the released model (golden cases), each quirk, batches and padding, weights, --set."""
+import argparse
 import json
 import zlib
 from dataclasses import asdict, replace
@@ -265,9 +266,33 @@ def test_a_checkpoint_gives_its_model_back(tmp_path):
     loaded, checkpoint = load_checkpoint(tmp_path / "last.pt")
     assert loaded.config == model.config and checkpoint["epoch"] == 3
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    changed, _ = load_checkpoint(tmp_path / "last.pt", changes=["gate=0.25"])
+    assert changed.config == replace(model.config, gate=0.25)
+
+
+def test_a_released_file_is_known_by_its_tensors(tmp_path):
+    _, tensors = released_weights("ucf_tiny")
+    torch.save({"model": {f"module.{name}": value for name, value in tensors.items()}, "epoch": 3,
+                "args": argparse.Namespace(lr=1)}, tmp_path / "tiny.pth")
+    sizes = ["frames=16", "encoder_layers=1", "decoder_layers=2", "vit_depth=1", "vit_width=192", "num_queries=3",
+             "dim_feedforward=256"]
+    model, checkpoint = load_checkpoint(tmp_path / "tiny.pth", changes=sizes)
+    assert checkpoint["kind"] == "a released checkpoint, preset ucf" and checkpoint["dataset"] == "ucf"
+    expected = load_released(VideoActionDetector(TINY), tensors)
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="tiny.pth .* does not fit"):
+        load_checkpoint(tmp_path / "tiny.pth")  # of other sizes than the preset's
+
+
+def test_files_that_are_no_checkpoints_are_named(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="list.pt"):
-        load_checkpoint(tmp_path / "list.pt")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name in ("list.pt", "other.pt", "empty.pt"):
+        with pytest.raises(ValueError, match=name):
+            load_checkpoint(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="nowhere.pt"):
+        load_checkpoint(tmp_path / "nowhere.pt")
 
 
 def test_set_changes_fields_and_refuses_what_does_not_fit():

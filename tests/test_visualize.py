@@ -1,0 +1,256 @@
+"""visualize.py: pictures whose pixels are known beforehand, from stand-ins that say where the actors are and look."""
+import json
+from dataclasses import asdict, replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import visualize
+from data import draw_view, render
+from model import PRESETS, VideoActionDetector
+
+CONFIG = replace(PRESETS["synthetic"], num_classes=3, num_queries=4)        # clips of 8 frames
+NAMES = ["run", "sit", "wave"]
+CELLS = (5, 7)                                                               # H', W' of the stand-in's attention
+
+
+class LooksAt(nn.Module):
+    """Two actors, the first doing classes 0 and 2, the second class 1; its attention is one cell for each class."""
+
+    def __init__(self, cells=((0, 0), (4, 6), (0, 6)), boxes=((0.3, 0.4, 0.2, 0.4), (0.7, 0.6, 0.2, 0.4)), drift=0.0):
+        super().__init__()
+        self.cells, self.boxes, self.drift = cells, torch.tensor(boxes), drift
+
+    def forward(self, clips, padding_mask=None, return_attention=False):
+        frames = clips.shape[2]
+        boxes = torch.cat([torch.full((2, 4), 0.5), self.boxes])            # queries 2 and 3 are the actors
+        logits = torch.full((4, 3), -8.0)
+        logits[2, 0], logits[2, 2], logits[3, 1] = 4, 2, 3
+        move = self.drift * torch.arange(frames)[:, None, None] * torch.tensor([1, 0, 0, 0])            # to the right
+        out = {"pred_boxes": (boxes + move)[None], "pred_logits": logits.expand(1, frames, 4, 3),
+               "pred_conf": torch.tensor([-5.0, -5.0, 5.0, 5.0]).expand(1, frames, 4)}
+        if return_attention:
+            maps = torch.zeros(4, 3, *CELLS)
+            for c, (i, j) in enumerate(self.cells):
+                maps[2:, c, i, j] = 0.01
+            out["attention"] = maps.expand(1, frames, *maps.shape)
+        return out
+
+
+def clip_of(frames=8, first=1, size=(60, 80)):
+    """(clip, target, pictures): black frames, as visualize.dataset_clips gives them."""
+    pictures = np.zeros((frames, *size, 3), np.uint8)
+    clip = render([Image.fromarray(picture) for picture in pictures], draw_view(size, CONFIG, train=False))
+    return clip, {"video": "v", "frame_ids": torch.arange(first, first + frames), "size": torch.tensor(size),
+                  "frames": torch.ones(frames, dtype=torch.bool)}, pictures
+
+
+@pytest.mark.parametrize("size", [(60, 80), (61, 47), (240, 320)])
+def test_a_bright_cell_lands_on_its_place_of_the_frame(size):
+    for i, j in [(0, 0), (0, 6), (4, 0), (4, 6), (2, 3)]:
+        cell = torch.zeros(1, *CELLS)
+        cell[0, i, j] = 0.02
+        full = visualize.upsample(cell, size)[0]
+        assert full.shape == size and full.max() > 0.8
+        inner = cell.new_zeros(1, *CELLS).numpy()[0]                         # mass of the picture's cells, back again
+        rows, columns = (np.arange(size[0]) + 0.5) * 5 // size[0], (np.arange(size[1]) + 0.5) * 7 // size[1]
+        np.add.at(inner, (rows.astype(int)[:, None], columns.astype(int)[None]), full)
+        assert np.unravel_index(inner.argmax(), CELLS) == (i, j)
+        if 0 < i < 4:                                                        # symmetric around the cell's centre
+            centre = [(full.sum(1 - axis) * (np.arange(size[axis]) + 0.5)).sum() / full.sum() for axis in (0, 1)]
+            expected = [(i + 0.5) * size[0] / 5, (j + 0.5) * size[1] / 7]
+            np.testing.assert_allclose(centre, expected, atol=1e-3 * max(size))
+
+
+def test_attention_panels_shine_where_the_model_looks_in_the_colour_of_the_actor():
+    model, clips = LooksAt(), [clip_of()]
+    actors, count = visualize.find_actors(model, clips, CONFIG, "cpu", min_score=0.3)
+    picture = next(visualize.draw(model, clips, actors, NAMES, CONFIG, "cpu", classes=[0, 1, 2]))
+    height, width = 240, 320                                                 # 60 x 80, four times
+    assert count == 8 and picture.shape == (height + visualize.BAND, 4 * width, 3)
+    for panel, (i, j) in enumerate(LooksAt().cells, 1):
+        frame = picture[visualize.BAND:, panel * width:(panel + 1) * width].astype(float)
+        corners = {(y, x): frame[y * 220:, x * 300:][:20, :20].mean((0, 1)) for y in (0, 1) for x in (0, 1)}
+        lit = corners.pop((i // 4, j // 6))
+        # both actors look there: the second one's colour is laid over the first one's
+        assert np.abs(lit / lit.sum() - np.array(visualize.COLOURS[1]) / sum(visualize.COLOURS[1])).max() < 0.1
+        assert lit.sum() > 300 and all(dark.sum() < 5 for dark in corners.values())
+
+
+def test_best_class_panel_shows_each_actor_s_own_map():
+    model, clips = LooksAt(), [clip_of()]
+    actors, _ = visualize.find_actors(model, clips, CONFIG, "cpu", min_score=0.3)
+    picture = next(visualize.draw(model, clips, actors, NAMES, CONFIG, "cpu"))
+    frame = picture[visualize.BAND:, 320:].astype(int)
+    assert picture.shape[1] == 640
+    assert frame[2, 2].argmax() == np.argmax(visualize.COLOURS[0]) and frame[2, 2].sum() > 300     # run: top left
+    assert frame[-2, -2].argmax() == np.argmax(visualize.COLOURS[1]) and frame[-2, -2].sum() > 300  # sit: bottom right
+    assert frame[2, -2].sum() < 5                                            # wave is not the first actor's best class
+
+
+def test_tubes_in_one_place_are_one_actor_and_boxes_are_drawn_where_they_are():
+    model, clips = LooksAt(), [clip_of(), clip_of(first=9)]
+    actors, count = visualize.find_actors(model, clips, CONFIG, "cpu", min_score=0.3)
+    assert count == 16
+    assert [[tube["label"] for tube in tubes] for tubes in actors] == [[0, 2], [1]]
+    assert all(tube["frames"].tolist() == list(range(1, 17)) for tubes in actors for tube in tubes), "linked over clips"
+    picture = list(visualize.draw(model, clips, actors, NAMES, CONFIG, "cpu"))[11][visualize.BAND:, :320]
+    for index, (cx, cy, w, h) in enumerate(LooksAt().boxes.tolist()):
+        left, right = round((cx - w / 2) * 320), round((cx + w / 2) * 320)
+        bottom = round((cy + h / 2) * 240)
+        for y, x in [(bottom, (left + right) // 2), (bottom - 20, left), (bottom - 20, right)]:
+            near = picture[max(y - 2, 0):y + 3, x - 2:x + 3].reshape(-1, 3)
+            assert (near == visualize.COLOURS[index]).all(1).any(), (index, y, x)
+    assert not visualize.find_actors(model, clips, CONFIG, "cpu", min_score=0.999)[0]
+
+
+def test_actors_of_the_same_frames_have_colours_of_their_own_and_later_ones_take_them_over():
+    spans = [(1, 10), (5, 20), (1, 4), (11, 30), (21, 30), (1, 30)]
+    actors = [[{"frames": np.arange(first, last + 1)}] for first, last in spans]
+    assert [visualize.COLOURS.index(colour) for colour in visualize.choose_colours(actors)] == [0, 1, 1, 0, 1, 2]
+    assert len(visualize.choose_colours([actors[0]] * 25)) == 25
+
+
+def test_tubes_are_in_one_place_above_half_an_overlap_on_the_frames_they_share():
+    def tube(first, shift):
+        return {"frames": np.arange(first, first + 4), "boxes": np.array([[shift, 0, shift + 10, 10.0]] * 4)}
+    assert visualize.same_place(tube(1, 0), tube(4, 3)) and not visualize.same_place(tube(1, 0), tube(4, 4))
+    assert not visualize.same_place(tube(1, 0), tube(5, 0)), "no frame in common"
+
+
+def test_labels_stay_inside_the_picture_and_off_each_other():
+    boxes = np.array([[-5, -5, 30, 30], [-5, -5, 31, 31], [300, 200, 330, 250.0], [310, 0, 319, 20]])
+    colours = visualize.COLOURS[:4]
+    picture = visualize.draw_boxes(np.zeros((240, 320, 3), np.uint8), boxes, [["somebody waves 0.93"]] * 4, colours)
+    areas = [(picture == colour).all(-1) for colour in colours]
+    assert all(area.sum() > 1500 for area in areas), "each label's ground is to be seen whole: about 150 x 19 pixels"
+    assert np.unique(areas[2].nonzero()[1]).size > 120, "the label at the right edge is moved in, not cut off"
+
+
+def test_a_video_of_odd_size_plays_with_all_its_frames(tmp_path):
+    av = pytest.importorskip("av")
+    shades = [np.full((61, 83, 3), 10 + 12 * i, np.uint8) for i in range(19)]
+    visualize.save_video(tmp_path / "a.mp4", iter(shades), 12.5)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert stream.average_rate == Fraction(25, 2) and stream.codec_context.pix_fmt == "yuv420p"
+    assert len(frames) == 19 and frames[0].shape == (62, 84, 3)
+    assert all(abs(float(frame.mean()) - shade.mean()) < 4 for frame, shade in zip(frames, shades))
+
+
+def test_frames_of_undoes_the_normalisation():
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 64, 80, 3), dtype=np.uint8)
+    clip = render([Image.fromarray(picture) for picture in pictures], draw_view((64, 80), CONFIG, train=False))
+    np.testing.assert_array_equal(visualize.frames_of(clip), pictures)
+
+
+class Labelled(torch.utils.data.Dataset):
+    """Clips of one video; the first actor has two labels and a cause, the second none; clip 0 has no label at all."""
+    name, videos, class_names = "labelled", ["v"], NAMES
+
+    def __init__(self, labelled=True):
+        self.labelled = labelled
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        clip, target, _ = clip_of(size=(64, 80))
+        labels = torch.zeros(2, 8, 3)
+        labels[0, 4:, [0, 2]] = float(self.labelled and index > 0)
+        causes = torch.full((2, 8, 4), float("nan"))
+        causes[0] = torch.tensor([0.8, 0.2, 0.1, 0.1])
+        target["frames"][0] = False                                          # padding in front
+        move = 0.02 * torch.arange(8)[:, None] * torch.tensor([1, 0, 0, 0])
+        return clip, target | {"boxes": LooksAt().boxes[:, None] + move, "present": torch.ones(2, 8, dtype=torch.bool),
+                               "labels": labels, "cause": causes}
+
+
+def test_attention_sheet_has_a_line_per_labelled_actor_and_a_map_per_label(tmp_path):
+    model = LooksAt(drift=0.02).train()
+    visualize.attention_sheet(model, Labelled(), CONFIG, tmp_path / "new" / "attention.png", "cpu")
+    sheet = np.asarray(Image.open(tmp_path / "new" / "attention.png"))
+    height, width = 256 + visualize.BAND, 320
+    assert sheet.shape == (2 * height, 3 * width, 3) and model.training
+    first_map, second_map = sheet[visualize.BAND:height, width:2 * width], sheet[visualize.BAND:height, 2 * width:]
+    assert first_map[2, 2].sum() > 300 and first_map[2, -3].sum() < 30       # run looks top left
+    assert second_map[2, -3].sum() > 300 and second_map[2, 2].sum() < 30     # wave looks top right
+    assert (first_map[63:65, 241:270] == 255).all(), "the lower edge of the cause, white: x 240 to 272, y 38.4 to 64"
+    left = round((0.3 - 0.1 + 0.02 * 4) * 320)                               # at frame 5, the first with labels
+    assert (sheet[visualize.BAND + 130, left] == visualize.COLOURS[0]).all(), "the query's box lies on the true one"
+    assert not (sheet[visualize.BAND:height, :left - 3] == 255).all(-1).any(), "nor is the true one elsewhere"
+    with pytest.raises(ValueError, match="no clip of labelled with a label"):
+        visualize.attention_sheet(model, Labelled(labelled=False), CONFIG, tmp_path / "none.png", "cpu")
+
+
+def write_video(path, frames, rate=10, size=(60, 80)):
+    shades = (np.full((*size, 3), 5 + 10 * i % 240, np.uint8) for i in range(frames))
+    visualize.save_video(path, shades, rate)
+    return path
+
+
+def test_a_video_file_is_cut_into_clips_that_show_each_frame_once(tmp_path):
+    pytest.importorskip("av")
+    path = write_video(tmp_path / "in.mp4", 19)
+    clips = list(visualize.video_clips(path, CONFIG, visualize.video_rate(path)))
+    assert visualize.video_rate(path) == 10 and [clip.shape for clip, _, _ in clips] == [(3, 8, 64, 85)] * 3
+    kept = [target["frame_ids"][target["frames"]] for _, target, _ in clips]
+    assert torch.cat(kept).tolist() == list(range(1, 20))
+    shades = np.concatenate([pictures[:len(ids)] for ids, (_, _, pictures) in zip(kept, clips)]).mean((1, 2, 3))
+    np.testing.assert_allclose(shades, [5 + 10 * i % 240 for i in range(19)], atol=4)
+    assert torch.equal(clips[2][0][:, 3], clips[2][0][:, 2]), "the end is filled up with the last frame"
+
+
+def test_a_key_frame_model_sees_one_frame_a_second(tmp_path):
+    pytest.importorskip("av")
+    path, config = write_video(tmp_path / "in.mp4", 35), replace(CONFIG, key_frame=True)
+    clips = list(visualize.video_clips(path, config, 10))
+    assert [target["frame_ids"].tolist() for _, target, _ in clips] == [[1], [2], [3]]
+    assert [len(pictures) for _, _, pictures in clips] == [1, 1, 1]
+    np.testing.assert_allclose([pictures.mean() for _, _, pictures in clips], [5 + 40, 5 + 140, 5], atol=4)
+
+
+def test_files_that_are_no_videos_are_clear_errors(tmp_path):
+    av = pytest.importorskip("av")
+    with pytest.raises(SystemExit, match="video missing: .*none.mp4"):
+        visualize.video_rate(tmp_path / "none.mp4")
+    (tmp_path / "text.mp4").write_text("not a video")
+    with pytest.raises(SystemExit, match="text.mp4 cannot be read as a video"):
+        visualize.video_rate(tmp_path / "text.mp4")
+    with av.open(str(tmp_path / "sound.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+    with pytest.raises(SystemExit, match="sound.wav holds no video stream"):
+        visualize.video_rate(tmp_path / "sound.wav")
+
+
+def test_command_line_writes_video_sheet_and_tubes_of_one_s_own_video(tmp_path, capsys, monkeypatch):
+    av = pytest.importorskip("av")
+    torch.manual_seed(0)
+    model = VideoActionDetector(CONFIG)
+    content = {"model": model.state_dict(), "config": asdict(CONFIG), "dataset": "synthetic", "classes": NAMES}
+    torch.save(content, tmp_path / "c.pt")
+    path = write_video(tmp_path / "in.mp4", 11)
+    monkeypatch.setattr(visualize, "start", lambda device: (torch.device(device), 0))        # no signal handlers here
+    options = ["--ckpt", tmp_path / "c.pt", "--device", "cpu", "--video", path, "--out", tmp_path / "out"]
+    options = [str(option) for option in options]
+    visualize.main([*options, "--min-score", "0.01", "--classes", "sit,run"])
+    assert str(tmp_path / "out" / "in.mp4") in capsys.readouterr().out
+    with av.open(str(tmp_path / "out" / "in.mp4")) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 11 and frames[0].shape == (262, 960, 3)
+    assert Image.open(tmp_path / "out" / "in.png").size == (960, 6 * 262)
+    record = json.loads((tmp_path / "out" / "in.json").read_text())
+    assert record["rate"] == 10 and record["classes"] == NAMES and record["actors"], "untrained scores are above 0.01"
+    for actor in record["actors"]:
+        for tube in actor["tubes"]:
+            assert tube["label"] in NAMES and len(tube["frames"]) == len(tube["boxes"]) >= 4
+    with pytest.raises(SystemExit, match="unknown classes fly; .* knows: run, sit, wave"):
+        visualize.main([*options, "--classes", "fly"])

@@ -1,0 +1,272 @@
+"""Measurements. `python -m tools.benchmark kernel`: deform3d_triton.py against what it replaces, in one call on a GPU.
+
+kernel: forward, backward, forward+backward (medians with the 10th and 90th percentile) and peak memory, at the sizes of
+the paper's data sets, against F.grid_sample (eager and compiled), the same kernel unfused, the deterministic path and a
+device copy of the same bytes. Correctness is checked first, against float64; a wrong result ends the run. One table is
+printed and written as JSON.
+"""
+
+# B clips, Q queries, S cells of all levels, M heads, L levels, P points of a level, D channels of a head; (t, h, w)
+
+import argparse
+import importlib.machinery
+import importlib.util
+import json
+import math
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import deform3d_triton
+from deform3d_triton import deform_attn_3d, deform_attn_3d_fused, deform_attn_3d_reference
+
+HEADS, DIM = 8, 32
+# Maps of the clip sizes that the presets train on: frames / 2, then height and width / 4, / 8, / 16, / 32.
+SIZES = {
+    "ucf": [(16, 56, 56), (16, 28, 28), (16, 14, 14), (16, 7, 7)],    # 32 x 224 x 224, Q = S = 66,640
+    "jhmdb": [(20, 64, 64), (20, 32, 32), (20, 16, 16), (20, 8, 8)],  # 40 x 256 x 256
+    "ava": [(8, 64, 64), (8, 32, 32), (8, 16, 16), (8, 8, 8)],        # 16 x 256 x 256
+    "eighth": [(8, 28, 28), (8, 14, 14), (8, 7, 7), (8, 4, 4)],       # an eighth of ucf, Q = S = 8,360: a CPU's default
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative L2, levels of up to 64 cells
+COLUMNS = ("size", "points", "dtype", "variant", "forward_ms", "backward_ms", "both_ms", "peak_mb")
+
+
+def make_inputs(shapes, points, dtype, device):
+    """Self-attention as in the encoder: every cell a query that looks around its own place, a few cells far."""
+    generator = torch.Generator(device).manual_seed(0)
+    def normal(*size):
+        return torch.randn(*size, generator=generator, device=device)
+    grids = [torch.meshgrid(*((torch.arange(n) + 0.5) / n for n in shape), indexing="ij") for shape in shapes]
+    centres = torch.cat([torch.stack(grid, -1).flatten(0, 2) for grid in grids]).to(device)  # (Q, 3)
+    queries, levels = len(centres), len(shapes)
+    references = centres[None, :, None].expand(1, -1, levels, -1).contiguous()  # (1, Q, L, 3)
+    leaves = (normal(1, queries, HEADS, DIM).to(dtype), 2 * normal(1, queries, HEADS, levels, points, 3),
+              normal(1, queries, HEADS, levels, points))
+    scales = 1 / torch.tensor(shapes, dtype=torch.float32, device=device)  # (L, 3): offsets in cells
+    return [leaf.requires_grad_() for leaf in leaves], references, scales
+
+
+def unfuse(references, offsets, logits, scales):
+    """-> locations (B, Q, M, L, P, 3) and soft-maxed weights (B, Q, M, L, P), as the published op wants them."""
+    return references[:, :, None, :, None] + offsets * scales[:, None], logits.flatten(3).softmax(3).view(logits.shape)
+
+
+def load_module(path):
+    """A compiled extension with ms_deform_attn_forward and ms_deform_attn_backward, from its file."""
+    name = "MultiScaleDeformableAttention"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--module {path}: no such file; give the compiled extension, {name}.cpython-*.so")
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def module_function(module, shapes, device):
+    """The module's op as a function of value, locations (t, h, w) and weights; it wants locations in (w, h, t)."""
+    sizes = torch.tensor(shapes, device=device)
+    starts = torch.cat([sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]])
+
+    class Published(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value, locations, weights):
+            ctx.save_for_backward(value, locations, weights)
+            return module.ms_deform_attn_forward(value, sizes, starts, locations, weights, 64)
+
+        @staticmethod
+        def backward(ctx, grad):
+            value, *rest = ctx.saved_tensors
+            return tuple(module.ms_deform_attn_backward(value, sizes, starts, *rest, grad.contiguous(), 64))
+
+    return lambda value, locations, weights: Published.apply(value, locations.flip(-1).to(value), weights.to(value))
+
+
+def variants(shapes, references, scales, device, module):
+    """Name -> function of (value, offsets, logits). All but the fused ones get locations and weights from PyTorch."""
+    def unfused(sample):
+        return lambda value, offsets, logits: sample(value, *unfuse(references, offsets, logits, scales))
+    def fused(backend):
+        return lambda value, *rest: deform_attn_3d_fused(value, shapes, references, *rest, scales, backend=backend)
+    def grid_sample(value, locations, weights):
+        return deform_attn_3d_reference(value, shapes, locations, weights)
+    if device == "cpu":
+        return {"backend torch": fused("torch"), "grid_sample": unfused(grid_sample)}
+    named = {"kernel": fused("triton"),
+             "kernel, deterministic": fused("triton"),
+             "kernel, unfused": unfused(lambda value, *rest: deform_attn_3d(value, shapes, *rest, backend="triton")),
+             "grid_sample": unfused(grid_sample),
+             "grid_sample, compiled": torch.compile(unfused(grid_sample))}
+    if module is not None:
+        named["published module"] = unfused(module_function(module, shapes, device))
+    return named
+
+
+def check(function, leaves, references, scales, shapes, name):
+    """Relative L2 errors of output and gradients against float64, for 256 queries; SystemExit where one is too large.
+
+    The published module's errors are only reported: its backward is known to be wrong (../shared/KERNEL.md)."""
+    picked = torch.linspace(0, leaves[1].shape[1] - 1, 256, device=references.device).long()
+    few = leaves[0], leaves[1][:, picked], leaves[2][:, picked]
+    value, offsets, logits = [x.detach().double().requires_grad_() for x in few]
+    exact = unfuse(references[:, picked].double(), offsets, logits, scales.double())
+    expected = deform_attn_3d_reference(value, shapes, *exact)
+    result = function(*leaves)
+    grad = torch.zeros_like(result)
+    grad[:, picked] = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(grad)
+    truths = (expected, *torch.autograd.grad(expected, (value, offsets, logits), grad[:, picked].double()))
+    got = (result[:, picked], *torch.autograd.grad(result, leaves, grad))
+    got = (got[0], got[1], got[2][:, picked], got[3][:, picked])
+    errors = [float((x.detach().double() - y.detach()).norm() / y.detach().norm()) for x, y in zip(got, truths)]
+    errors, limit = dict(zip(("out", "value", "offsets", "logits"), errors)), TOLERANCE[leaves[0].dtype]
+    if name != "published module" and not all(error < limit for error in errors.values()):
+        raise SystemExit(f"{name} is wrong at {shapes}, {leaves[0].dtype}: relative errors {errors} pass {limit}")
+    return errors
+
+
+def measure(function, runs, device):
+    """-> [10th percentile, median, 90th percentile] of the milliseconds of a call, after two calls to warm up."""
+    times = []
+    for run in range(runs + 2):
+        if device == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            start.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            start = time.perf_counter()
+            function()
+            times.append((time.perf_counter() - start) * 1000)
+    times = sorted(times[2:])
+    return [times[len(times) // 10], statistics.median(times), times[-1 - len(times) // 10]]
+
+
+def peak_memory(function, device):
+    """Megabytes that a call needs at most above what is there before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    if platform.system() != "Linux":
+        return math.nan
+    Path("/proc/self/clear_refs").write_text("5")  # starts the process's peak afresh
+    def resident(field):
+        return int(Path("/proc/self/status").read_text().split(field)[1].split()[0]) / 1e3
+    before = resident("VmRSS:")
+    function()
+    return resident("VmHWM:") - before
+
+
+def time_variant(function, leaves, runs, device):
+    """-> forward_ms, backward_ms, both_ms (each a triple) and peak_mb of forward and backward together."""
+    result = function(*leaves)
+    grad = torch.randn_like(result)
+    def forward():
+        with torch.no_grad():
+            function(*leaves)
+    def both():
+        torch.autograd.grad(function(*leaves), leaves, grad)
+    row = {"forward_ms": measure(forward, runs, device),
+           "backward_ms": measure(lambda: torch.autograd.grad(result, leaves, grad, retain_graph=True), runs, device)}
+    del result
+    return row | {"both_ms": measure(both, runs, device), "peak_mb": peak_memory(both, device)}
+
+
+def time_copy(leaves, references, runs, device):
+    """A copy of the bytes that the fused forward must read and write at least: nothing that moves them is faster."""
+    count = sum(x.numel() * x.element_size() for x in (*leaves, references, leaves[0]))  # once more: the output
+    source = torch.empty(count // 2, dtype=torch.uint8, device=device)  # a copy reads and writes each byte
+    target = torch.empty_like(source)
+    return {"forward_ms": measure(lambda: target.copy_(source), runs, device)}
+
+
+def sweep(function, leaves, references, scales, shapes, runs):
+    """Times of the kernel for other tiles: rows of (queries of a program, warps)."""
+    original = deform3d_triton._tile
+    for tile in ((2, 1), (4, 1), (8, 1), (16, 1), (8, 2), (16, 2), (16, 4), (32, 4)):
+        deform3d_triton._tile = lambda value, element_size: tile
+        check(function, leaves, references, scales, shapes, f"tile {tile}")
+        yield {"variant": f"kernel, {tile[0]} queries, {tile[1]} warps"} | time_variant(function, leaves, runs, "cuda")
+    deform3d_triton._tile = original
+
+
+def show(row):
+    """One line of the table: medians with the 10th and 90th percentile in brackets."""
+    def cell(value):
+        if isinstance(value, list):
+            return f"{value[1]:.3f} [{value[0]:.3f}, {value[2]:.3f}]"
+        return "-" if value is None else f"{value:.0f}" if isinstance(value, float) else str(value)
+    widths = (6, 6, 8, 28, 26, 26, 26, 8)
+    cells = [cell(row.get(name)).ljust(width) for name, width in zip(COLUMNS, widths)]
+    print(*cells, row.get("note", ""), sep="  ", flush=True)
+
+
+def kernel(arguments):
+    """The command `kernel`: see the top of the file."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    about = {"device": name, "torch": torch.__version__, "triton": getattr(deform3d_triton.triton, "__version__", None)}
+    print(json.dumps(about), "milliseconds: median [10th, 90th percentile]; peak of forward + backward in MB", sep="\n")
+    show({column: column for column in COLUMNS})
+    module, rows = load_module(arguments.module) if arguments.module else None, []
+    sizes = arguments.sizes or (["ucf", "jhmdb", "ava"] if device == "cuda" else ["eighth"])
+    dtypes = arguments.dtypes or (["float32", "bfloat16"] if device == "cuda" else ["float32"])
+    for size, points, dtype in ((s, p, d) for s in sizes for p in arguments.points for d in dtypes):
+        shapes, label = SIZES[size], {"size": size, "points": points, "dtype": dtype}
+        leaves, references, scales = make_inputs(shapes, points, getattr(torch, dtype), device)
+        functions = variants(shapes, references, scales, device, module)
+        for variant, function in functions.items():
+            torch.use_deterministic_algorithms("deterministic" in variant)
+            row = label | {"variant": variant}
+            try:
+                row["errors"] = check(function, leaves, references, scales, shapes, variant)
+                row |= time_variant(function, leaves, arguments.runs, device)
+            except Exception as error:  # torch.compile needs a C compiler, which is not everywhere: the rest is still told
+                if "compiled" not in variant:
+                    raise
+                row["note"] = f"failed: {str(error).splitlines()[0]}"
+            if "deterministic" in variant:
+                first, second = (torch.autograd.grad(function(*leaves).sum(), leaves) for _ in range(2))
+                row["note"] = "repeats itself" if all(map(torch.equal, first, second)) else "DIFFERS FROM RUN TO RUN"
+            torch.use_deterministic_algorithms(False)
+            rows.append(row)
+            show(row)
+        copied = time_copy(leaves, references, arguments.runs, device)
+        rows.append(label | {"variant": "copy of the forward's bytes"} | copied)
+        show(rows[-1])
+        if arguments.sweep and device == "cuda":
+            for row in sweep(functions["kernel"], leaves, references, scales, shapes, arguments.runs):
+                rows.append(label | row)
+                show(rows[-1])
+        Path(arguments.out).write_text(json.dumps(about | {"rows": rows}, indent=1))  # so a call cut short leaves some
+    print(f"written: {arguments.out}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("kernel", help="deformable sampling: times, memory, errors of all ways to compute it")
+    command.add_argument("--sizes", nargs="+", choices=SIZES, help="default: ucf jhmdb ava on a GPU, eighth on a CPU")
+    command.add_argument("--points", nargs="+", type=int, default=[4, 8], help="P, sampling points per head and level")
+    command.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"],
+                         help="of value; default: float32 and, on a GPU, bfloat16")
+    command.add_argument("--runs", type=int, default=20, help="timed calls of each")
+    command.add_argument("--module", help="path of a compiled MultiScaleDeformableAttention extension to compare with")
+    command.add_argument("--sweep", action="store_true", help="also time the kernel with other tiles (GPU)")
+    command.add_argument("--out", default="benchmark_kernel.json", help="where the table goes as JSON")
+    command.set_defaults(run=kernel)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

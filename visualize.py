@@ -1,0 +1,424 @@
+"""Pictures of what the model sees: tubes, class scores and class attention maps on the frames (Sec. 5.4, Fig. 2 and 7).
+
+    python visualize.py --ckpt runs/NAME/best.pt --clip 3 --out out/                    # a clip of the data set
+    python visualize.py --ckpt C --data DIR --video-name Biking/v_Biking_g01_c01 --classes Biking --out out/
+    python visualize.py --ckpt C --video in.mp4 --out out/                              # a video of one's own
+
+Each writes NAME.mp4 (every frame), NAME.png (six frames, one above the other) and NAME.json (the tubes). A picture has
+a panel with the tubes, one colour an actor, and beside it panels with the class attention maps in the colours of the
+actors they belong to: one panel a class of --classes, or a single one that shows each actor's best class.
+All clips are gone through twice and one is in memory at a time: the first pass finds the tubes, the second draws them.
+
+NAME.json: {"video", "rate" (frames per second), "classes", "actors": [{"colour", "tubes": [{"label", "score", "frames"
+(k 1-based numbers), "boxes" (k of x1, y1, x2, y2 in pixels of the video)}]}]}; an actor has a tube for each class.
+"""
+# B clips, T frames, A actor queries, C classes, N actors, n detections; H, W of a frame, H', W' of an attention map
+
+import argparse
+import json
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.nn import functional as F
+
+from data import MEAN, STD, draw_view, render
+from evaluate import ROWS, add_source_arguments, bar, clip_videos, load_model, open_dataset, rows, shortest_tube, start
+from metrics import box_iou, link_tubes
+from objective import cxcywh_to_xyxy
+
+COLOURS = [(255, 99, 71), (64, 156, 255), (80, 220, 100), (255, 196, 0), (214, 112, 255), (0, 214, 214),
+           (255, 128, 200), (170, 220, 60), (255, 150, 60), (140, 140, 255)]     # told apart on dark and light ground
+TRUTH = (255, 255, 255)
+TEXT_SIZE, BAND = 14, 22                # pixels: letters, the caption above a panel
+SHORTEST_SIDE = 240                     # frames smaller than this are enlarged by a whole factor, so that text fits
+SHEET_FRAMES = 6
+
+
+def frames_of(clip):
+    """A normalised clip (3, T, H, W) back as pictures (T, H, W, 3) uint8."""
+    pixels = clip.permute(1, 2, 3, 0).numpy() * STD + MEAN                  # (T, H, W, 3)
+    return pixels.round().clip(0, 255).astype(np.uint8)
+
+
+def enlarge(picture):
+    """A picture (H, W, 3) repeated by the whole factor that takes its short side to SHORTEST_SIDE at least."""
+    factor = -(-SHORTEST_SIDE // min(picture.shape[:2]))
+    return picture.repeat(factor, 0).repeat(factor, 1)
+
+
+def upsample(maps, size):
+    """Attention maps (N, H', W') at a frame's size (H, W), each 1 at its largest value.
+
+    A map covers the whole frame, cell (i, j) being centred at ((i + 0.5) / H', (j + 0.5) / W') of it.
+    """
+    maps = torch.as_tensor(maps, dtype=torch.float32)
+    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0].numpy()       # (N, H, W)
+
+
+def overlay(picture, maps, colours):
+    """Maps (N, H, W) in [0, 1] as light of N colours on the picture (H, W, 3) in dark grey."""
+    grey = picture.mean(-1, keepdims=True) * 0.45                           # (H, W, 1)
+    canvas = np.repeat(grey, 3, -1)                                         # (H, W, 3)
+    for map, colour in zip(maps, colours):
+        alpha = 0.8 * map[..., None]                                        # (H, W, 1)
+        canvas = canvas * (1 - alpha) + alpha * np.array(colour)
+    return canvas.round().astype(np.uint8)
+
+
+def draw_boxes(picture, boxes, texts, colours):
+    """Boxes (N, 4) x1, y1, x2, y2 in the picture's pixels with their lines of text, kept inside and off each other."""
+    image = Image.fromarray(picture)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=TEXT_SIZE)
+    for box, colour in zip(boxes, colours):
+        x1, y1, x2, y2 = np.clip(box, 0, [image.width - 1, image.height - 1] * 2).tolist()
+        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=2)
+    taken = []
+    for box, lines, colour in zip(boxes, texts, colours):
+        if not lines:
+            continue
+        width = max(draw.textlength(line, font) for line in lines) + 6
+        height = len(lines) * (TEXT_SIZE + 3) + 2
+        x = min(max(box[0], 0), max(image.width - width, 0))
+        above, below, inside = box[1] - height, box[3] + 1, max(box[1] + 2, 0)
+        y = above if above >= 0 else below if below + height <= image.height else inside
+        y = min(y, max(image.height - height, 0))
+        for left, top, right, bottom in sorted(taken, key=lambda place: place[1]):      # below the labels in the way
+            if x < right and left < x + width and y < bottom and top < y + height:
+                y = bottom
+        taken.append((x, y, x + width, y + height))
+        draw.rectangle((x, y, x + width, y + height), fill=colour)
+        for i, line in enumerate(lines):
+            draw.text((x + 3, y + i * (TEXT_SIZE + 3)), line, fill=(0, 0, 0), font=font)
+    return np.asarray(image)
+
+
+def captioned(picture, text):
+    """The picture under a white band with the text, its end cut off where it does not fit."""
+    image = Image.new("RGB", (picture.shape[1], picture.shape[0] + BAND), (255, 255, 255))
+    image.paste(Image.fromarray(picture), (0, BAND))
+    ImageDraw.Draw(image).text((4, 2), text, fill=(0, 0, 0), font=ImageFont.load_default(size=TEXT_SIZE))
+    return np.asarray(image)
+
+
+def save_sheet(path, lines):
+    """Lines of pictures, all of one size, as one PNG; shorter lines are filled with white."""
+    height, width = lines[0][0].shape[:2]
+    blank = np.full((height, width, 3), 255, np.uint8)
+    columns = max(len(line) for line in lines)
+    sheet = np.concatenate([np.concatenate([*line, *[blank] * (columns - len(line))], 1) for line in lines])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(path)
+
+
+def save_video(path, pictures, rate):
+    """Pictures (H, W, 3) uint8, one after another, as an MP4 that any player takes (H.264 where PyAV has it)."""
+    import av
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
+        stream.pix_fmt = "yuv420p"                                          # it halves both sides: they must be even
+        for picture in pictures:
+            picture = np.pad(picture, [(0, picture.shape[0] % 2), (0, picture.shape[1] % 2), (0, 0)], "edge")
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = picture.shape[:2]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def run(model, clip, target, config, device, **options):
+    """The model on one clip (3, T, H, W): its outputs, and `evaluate.rows` of its frames as (frames, A, ...) arrays."""
+    with torch.inference_mode():
+        out = model(clip[None].to(device), **options)
+    part = rows(out, [target], config, {target["video"]: 0})
+    queries = out["pred_boxes"].shape[2]
+    return out, {name: values.reshape(-1, queries, *values.shape[1:]) for name, values in part.items()}
+
+
+def find_actors(model, clips, config, device, min_score):
+    """Tubes of the clips (an iterable of (clip, target, pictures)), grouped by actor, best first; and the frame count.
+
+    A tube is of one class, so an actor with several classes has several tubes in one place: they are one actor when
+    they overlap by an IoU of 0.5 over the frames that they share.
+    """
+    parts, count = [], 0
+    for clip, target, _ in bar(clips, "finding tubes", unit="clip"):
+        _, part = run(model, clip, target, config, device)
+        count += int(target["frames"].sum())
+        seen = (part["class_prob"].max(-1) * part["conf"]) >= min_score     # (frames, A)
+        parts.append({name: values[seen] for name, values in part.items()})
+    if not parts:
+        raise SystemExit("no frames to draw on: the video is empty")
+    found = {name: np.concatenate([part[name] for part in parts]) for name in ROWS}
+    actors = []
+    shortest = 1 if config.key_frame else shortest_tube(config)             # key frames are a second apart
+    for tube in sorted(link_tubes(found, min_score=min_score, min_length=shortest), key=lambda tube: -tube["score"]):
+        home = next((actor for actor in actors if any(same_place(tube, other) for other in actor)), None)
+        actors.append([tube]) if home is None else home.append(tube)
+    return actors, count
+
+
+def choose_colours(actors):
+    """A colour for each actor that no actor of the same frames has before it, as far as there are colours."""
+    spans = [(min(tube["frames"][0] for tube in tubes), max(tube["frames"][-1] for tube in tubes)) for tubes in actors]
+    chosen = []
+    for actor, (first, last) in enumerate(spans):
+        met = {chosen[other] for other in range(actor) if spans[other][0] <= last and first <= spans[other][1]}
+        chosen.append(next((colour for colour in range(len(COLOURS)) if colour not in met), actor % len(COLOURS)))
+    return [COLOURS[colour] for colour in chosen]
+
+
+def same_place(tube, other):
+    """Whether two tubes have a mean IoU of at least 0.5 over the frames that they share (and share some)."""
+    _, i, j = np.intersect1d(tube["frames"], other["frames"], return_indices=True)
+    return len(i) > 0 and box_iou(tube["boxes"][i], other["boxes"][j]).mean() >= 0.5
+
+
+def on_frame(actors, frame, names, top):
+    """The actors present at a frame: indices, boxes (N, 4), lines of text (`top` best classes), best class ids."""
+    indices, boxes, texts, best = [], [], [], []
+    for index, tubes in enumerate(actors):
+        here = [(tube, np.searchsorted(tube["frames"], frame)) for tube in tubes]
+        here = [(tube, i) for tube, i in here if i < len(tube["frames"]) and tube["frames"][i] == frame]
+        if here:                                                            # tubes come best first
+            indices.append(index)
+            boxes.append(here[0][0]["boxes"][here[0][1]])
+            texts.append([f"{names[tube['label']]} {tube['score']:.2f}" for tube, _ in here[:top]])
+            best.append(here[0][0]["label"])
+    return indices, np.array(boxes, dtype=float).reshape(-1, 4), texts, np.array(best, dtype=int)
+
+
+def draw(model, clips, actors, names, config, device, classes=(), top=3):
+    """Yields a picture for each frame of the clips: the tubes, and the attention of `classes` (ids) beside them."""
+    palette = choose_colours(actors)
+    for clip, target, pictures in clips:
+        out, part = run(model, clip, target, config, device, return_attention=True)
+        attention = out["attention"][0].float().cpu()                       # (T, A, C, H', W')
+        shown = torch.as_tensor(target["frames"]).nonzero()[:, 0].tolist()
+        for row, t in enumerate(shown):
+            picture = enlarge(pictures[t])
+            height, width = picture.shape[:2]
+            indices, boxes, texts, best = on_frame(actors, int(target["frame_ids"][t]), names, top)
+            # an actor's box at a frame is that of one query: its maps are the actor's
+            queries = np.abs(part["box"][row][None] - boxes[:, None]).sum(-1).argmin(1)                 # (N, A) -> (N,)
+            places = boxes * np.array([width, height] * 2) / np.array([*target["size"]][::-1] * 2, dtype=float)
+            colours = [palette[index] for index in indices]
+            panels = [captioned(draw_boxes(picture, places, texts, colours), f"frame {int(target['frame_ids'][t])}")]
+            for chosen in classes or [None]:
+                ids = best if chosen is None else np.full(len(indices), chosen)
+                maps = upsample(attention[t, queries, ids], (height, width))                            # (N, H, W)
+                labels = [[names[c]] if chosen is None else [] for c in ids]
+                title = "attention: " + ("each actor's best class" if chosen is None else names[chosen])
+                panels.append(captioned(draw_boxes(overlay(picture, maps, colours), places, labels, colours), title))
+            yield np.concatenate(panels, 1)
+
+
+def attention_sheet(model, dataset, config, path, device, clips=4, actors=10):
+    """A PNG with a line for each labelled actor of some clips, at the frame with most labels: the frame, then the class
+    attention map of each of its labels, from the query that lies best on it. White: the true box, and what the
+    label is caused by where the data set knows it. Clips without labels are passed over. Leaves the model as it was."""
+    was_training, lines = model.training, []
+    model.eval()
+    for index in np.unique(np.linspace(0, len(dataset) - 1, 4 * clips).astype(int)):
+        clip, target = dataset[int(index)]
+        labels = target["labels"] * (target["present"] & target["frames"])[..., None]                   # (N, T, C)
+        if clips == 0 or len(lines) >= actors or not labels.any():
+            continue
+        clips -= 1
+        t = int(labels.sum((0, 2)).argmax())
+        out, part = run(model, clip, target, config, device, return_attention=True)
+        pictures = frames_of(clip)
+        picture = enlarge(pictures[t if len(target["frames"]) == len(pictures) else len(pictures) // 2])
+        lines += actor_lines(out, part, target, labels[:, t], t, picture, dataset.class_names)
+    model.train(was_training)
+    if not lines:
+        raise ValueError(f"no clip of {dataset.name} with a label was met: there is nothing to draw")
+    save_sheet(path, lines[:actors])
+
+
+def actor_lines(out, part, target, labels, t, picture, names):
+    """The sheet's lines for the labelled actors (labels (N, C)) of a clip at frame t."""
+    height, width = picture.shape[:2]
+    size = np.array([width, height] * 2)
+    row = int(target["frames"][:t].sum())                                   # `part` leaves temporal padding out
+    found = part["box"][row] * size / np.array([*target["size"]][::-1] * 2, dtype=float)                # (A, 4)
+    truths = cxcywh_to_xyxy(target["boxes"][:, t]).numpy() * size                                       # (N, 4)
+    lines = []
+    for actor in labels.any(1).nonzero()[:, 0].tolist():
+        query, colour = int(box_iou(found, truths[actor]).argmax()), COLOURS[len(lines) % len(COLOURS)]
+        box, prob = found[query], part["class_prob"][row, query] * part["conf"][row, query]
+        ids = labels[actor].nonzero()[:, 0].tolist()
+        best = [f"{names[c]} {prob[c]:.2f}" for c in prob.argsort()[::-1][:3]]
+        line = [captioned(draw_boxes(picture, [truths[actor], box], [[], best], [TRUTH, colour]),
+                          f"{target['video']} frame {int(target['frame_ids'][t])}")]
+        marks = [(box, colour)]
+        if "cause" in target and not target["cause"][actor, t].isnan().any():
+            marks.append((cxcywh_to_xyxy(target["cause"][actor, t]).numpy() * size, TRUTH))
+        for c, map in zip(ids, upsample(out["attention"][0, t, query, ids], (height, width))):
+            light = overlay(picture, [map], [colour])
+            light = draw_boxes(light, *zip(*[(place, [], c) for place, c in marks]))
+            line.append(captioned(light, f"{names[c]}: score {prob[c]:.2f}"))
+        lines.append(line)
+    return lines
+
+
+def dataset_clips(dataset, indices, config):
+    """(clip, target, pictures (T, H, W, 3)) of clips of a data set, one by one; for key frames T = 1."""
+    for index in indices:
+        clip, target = dataset[int(index)]
+        pictures = frames_of(clip)
+        yield clip, target, pictures[config.frames // 2:][:1] if config.key_frame else pictures
+
+
+def video_rate(path):
+    """Frames per second of a video file; an error that says what is wrong with a file that has none."""
+    import av
+    if not Path(path).is_file():
+        raise SystemExit(f"video missing: {path}")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise SystemExit(f"{path} holds no video stream, sound alone perhaps; give a file with pictures")
+            return float(container.streams.video[0].average_rate or container.streams.video[0].guessed_rate or 25)
+    except av.FFmpegError as error:
+        raise SystemExit(f"{path} cannot be read as a video ({error}); is it whole? Or convert it") from error
+
+
+def video_clips(path, config, rate):
+    """(clip, target, pictures) of a video file as `dataset_clips` gives them, decoded in a stream.
+
+    Clips of T frames follow one another, the last filled up with its last frame. For key-frame models a clip begins
+    with every second, and its middle frame is a frame of the result.
+    """
+    import av
+    span = (config.frames - 1) * config.sampling_rate + 1                   # frames that a clip reaches over
+    step = max(1, round(rate)) if config.key_frame else config.frames
+    if not config.key_frame and config.sampling_rate > 1:
+        raise SystemExit(f"sampling_rate {config.sampling_rate} leaves frames without boxes: --set sampling_rate=1")
+    buffer, number, skipped = [], 0, 0
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                if skipped:
+                    skipped -= 1
+                    continue
+                height, width = buffer[0].shape[:2] if buffer else (frame.height, frame.width)
+                buffer.append(frame.reformat(width, height, "rgb24").to_ndarray())      # a change of size is undone
+                if len(buffer) == span:
+                    yield video_clip(path, buffer, number, config)
+                    del buffer[:step]
+                    number, skipped = number + 1, max(0, step - span)
+    except av.FFmpegError as error:
+        raise SystemExit(f"{path} cannot be decoded behind clip {number} ({error}); convert it with ffmpeg") from error
+    if buffer and (number == 0 or not config.key_frame):
+        yield video_clip(path, buffer, number, config)
+
+
+def video_clip(path, buffer, number, config):
+    """Clip `number` of a video file from its frames `buffer`, a list of (H, W, 3) uint8, shorter at the video's end."""
+    taken = [buffer[min(i * config.sampling_rate, len(buffer) - 1)] for i in range(config.frames)]
+    valid = torch.arange(config.frames) * config.sampling_rate < len(buffer)
+    frame_ids = torch.arange(config.frames) + number * config.frames + 1
+    pictures = np.stack(taken)                                              # (T, H, W, 3)
+    if config.key_frame:
+        valid, frame_ids = torch.ones(1, dtype=torch.bool), torch.tensor([number + 1])
+        pictures = pictures[config.frames // 2:][:1]
+    size = torch.tensor(pictures.shape[1:3])
+    target = {"video": Path(path).stem, "frame_ids": frame_ids, "frames": valid, "size": size}
+    clip = render([Image.fromarray(frame) for frame in taken], draw_view(taken[0].shape[:2], config, train=False))
+    return clip, target, pictures
+
+
+def tubes_record(video, rate, actors, names):
+    """The dict that NAME.json holds: see the top of this file."""
+    return {"video": video, "rate": rate, "classes": list(names), "actors": [
+        {"colour": "#%02x%02x%02x" % colour, "tubes": [
+            {"label": names[tube["label"]], "score": round(float(tube["score"]), 4), "frames": tube["frames"].tolist(),
+             "boxes": np.round(tube["boxes"], 1).tolist()} for tube in tubes]}
+        for tubes, colour in zip(actors, choose_colours(actors))]}
+
+
+def visualize(model, clips, video, rate, names, config, device, out, classes=(), min_score=0.3, top=3):
+    """Writes NAME.mp4, NAME.png and NAME.json to the folder `out`; `clips()` gives the clips anew each time. Returns
+    their paths and the actors."""
+    actors, count = find_actors(model, clips(), config, device, min_score)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    name = video.replace("/", "_")
+    on_sheet, sheet = set(np.linspace(0, count - 1, SHEET_FRAMES).astype(int).tolist()), []
+
+    def pictures():
+        drawn = draw(model, clips(), actors, names, config, device, classes, top)
+        for i, picture in enumerate(bar(drawn, "drawing", total=count, unit="frame")):
+            if i in on_sheet:
+                sheet.append([picture])
+            yield picture
+
+    paths = [out / f"{name}.mp4", out / f"{name}.png", out / f"{name}.json"]
+    save_video(paths[0], pictures(), rate)
+    save_sheet(paths[1], sheet)
+    paths[2].write_text(json.dumps(tubes_record(video, rate, actors, names)) + "\n")
+    return paths, actors
+
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_source_arguments(parser)
+    group = parser.add_argument_group("what is drawn")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--clip", type=int, metavar="N", help="a clip of the data set, counted from 0 (the default: 0)")
+    source.add_argument("--video-name", metavar="NAME", help="a whole video of the data set")
+    source.add_argument("--video", metavar="FILE", help="a video file of one's own")
+    group.add_argument("--classes", nargs="+", default=[], metavar="a,b",
+                       help="classes whose attention is drawn; default: each actor's best class")
+    group.add_argument("--min-score", type=float, default=0.3, help="boxes below this score are left out (0.3)")
+    group.add_argument("--top", type=int, default=3, help="classes written at an actor, at most (3)")
+    group.add_argument("--rate", type=float, help="frames per second; default: the video's, for a data set 25 (4 where "
+                                                  "clips have fewer than 30 frames), for key frames 1")
+    group.add_argument("--out", metavar="DIR", default="out", help="folder of the pictures (out)")
+    args = parser.parse_args(argv)
+    if not args.ckpt:
+        parser.error("name a checkpoint: --ckpt runs/NAME/best.pt")
+    return args
+
+
+def main(argv=None):
+    args = arguments(argv)
+    device, _ = start(args.device)
+    model, config, checkpoint = load_model(args.ckpt, args.set, device)
+    names = checkpoint["classes"]
+    chosen = [name for text in args.classes for name in ([text] if text in names else text.split(","))]
+    unknown = [name for name in chosen if name not in names]
+    if unknown:
+        raise SystemExit(f"unknown classes {', '.join(unknown)}; {args.ckpt} knows: {', '.join(names)}")
+    classes = [names.index(name) for name in chosen]
+    if args.video:
+        video, rate = Path(args.video).stem, video_rate(args.video)
+        clips = partial(video_clips, args.video, config, rate)
+    else:
+        trained = checkpoint.get("settings", {}) | {"dataset": checkpoint["dataset"]}
+        dataset = open_dataset(args, config, names, args.ckpt, trained)
+        if args.video_name:
+            if args.video_name not in dataset.videos:
+                raise SystemExit(f"no video {args.video_name!r} among the {len(dataset.videos)} of {dataset.name}: "
+                                 f"{', '.join(list(dataset.videos)[:5])}, ...")
+            video = args.video_name
+            indices = np.flatnonzero(clip_videos(dataset) == list(dataset.videos).index(video))
+        else:
+            if not 0 <= (args.clip or 0) < len(dataset):
+                raise SystemExit(f"--clip {args.clip}: {dataset.name} has clips 0 to {len(dataset) - 1}")
+            indices, video = [args.clip or 0], f"{dataset.name}-clip-{args.clip or 0}"
+        rate, clips = 25 if config.frames >= 30 else 4, partial(dataset_clips, dataset, indices, config)
+    rate = args.rate or (1 if config.key_frame else rate)
+    paths, actors = visualize(model, clips, video, rate, names, config, device, args.out, classes, args.min_score,
+                              args.top)
+    print(f"{video}: {len(actors)} actors, " + (f"{sum(map(len, actors))} tubes; " if actors else
+          f"no score reached {args.min_score}: lower --min-score; ") + "wrote " + ", ".join(map(str, paths)))
+
+
+if __name__ == "__main__":
+    main()
