@@ -197,17 +197,25 @@ class CSNNeck(nn.ModuleList):
 
 
 class ConvStem(nn.Module):
-    """The synthetic preset's backbone: four 3x3 convolutions, each halving space, the middle two over three frames as well;
-    maps at strides 8 and 16, T' = T."""
+    """The synthetic preset's backbone: four stages, each halving space, T' = T; maps at strides 8 and 16.
+
+    A stage begins with a 3x3 convolution of stride 2, over three frames as well in the middle two; the last two have a second
+    one, without which a cell of the coarse map would see no more than a figure's height.
+    """
 
     def __init__(self, widths=(24, 48, 96, 128)):
         super().__init__()
         self.stages = nn.ModuleList()
-        for before, after, steps in zip((3, *widths), widths, (1, 3, 3, 1)):
-            convolution = nn.Conv3d(before, after, kernel_size=(steps, 3, 3), stride=(1, 2, 2), padding=(steps // 2, 1, 1),
-                                    bias=False)
-            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-            self.stages.append(nn.Sequential(convolution, nn.BatchNorm3d(after), nn.ReLU(inplace=True)))
+        for before, after, steps, again in zip((3, *widths), widths, (1, 3, 3, 1), (False, False, True, True)):
+            layers = [nn.Conv3d(before, after, kernel_size=(steps, 3, 3), stride=(1, 2, 2), padding=(steps // 2, 1, 1),
+                                bias=False), nn.BatchNorm3d(after), nn.ReLU(inplace=True)]
+            if again:
+                layers += [nn.Conv3d(after, after, kernel_size=(1, 3, 3), padding=(0, 1, 1), bias=False),
+                           nn.BatchNorm3d(after), nn.ReLU(inplace=True)]
+            self.stages.append(nn.Sequential(*layers))
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         self.to(memory_format=torch.channels_last_3d)  # a tenth to a fifth faster on the CPU
 
     def forward(self, clips):

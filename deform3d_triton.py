@@ -344,12 +344,13 @@ def _fixed_point(grad_out, weights, dtype):
 
     A cell's sum is at most max |G| times the sum of its head's weights, and soft-maxed ones sum to 1 a query. At the
     size of UCF101-24's clips the step is then 2^-45 of max |G|: finer than float32. `weights` (B, Q, M, L, P), or None
-    if they are soft-maxed. An inf or NaN in them or in grad_out makes this 0 or NaN, and every quotient by it NaN."""
+    if they are soft-maxed. An inf or NaN in them or in grad_out makes this NaN, and with it every quotient by it."""
     if grad_out.numel() == 0:
         return grad_out.new_ones(1, dtype=dtype)
     total = float(grad_out.shape[1]) if weights is None else weights.double().abs().sum((1, 3, 4)).amax()
     bound = (grad_out.abs().amax().double() * total).clamp(min=2.0 ** -40)  # 0-d
-    return torch.exp2(torch.floor(61 - torch.log2(bound))).to(dtype).reshape(1)
+    one = torch.exp2(torch.floor(61 - torch.log2(bound)))
+    return torch.where(bound.isfinite(), one, math.nan).to(dtype).reshape(1)
 
 
 @_sample.register_fake

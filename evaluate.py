@@ -19,23 +19,27 @@ import argparse
 import csv
 import json
 import os
+import resource
 import signal
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import metrics
 from data import VIDEO_KEY, build_dataset, collate
-from model import VideoActionDetector, config_from_dict, load_checkpoint, override, scores
+from model import PRESETS, VideoActionDetector, config_from_dict, load_checkpoint, override, scores
 from objective import cxcywh_to_xyxy, match
 
+PAPER_EFFICIENCY = {"jhmdb": (40, "117.8M", "3.26T", "432.0"), "ucf": (32, "117.8M", "3.73T", "370.0")}     # Table 6
 TUBE_THRESHOLDS = {"v-mAP@0.2": 0.2, "v-mAP@0.5": 0.5, "v-mAP@0.5:0.95": tuple(np.arange(10) * 0.05 + 0.5)}
 AVA_LEFT_OUT = (2, 16, 18, 19, 21, 23, 25, 31, 32, 33, 35, 39, 40, 42, 44, 50, 53, 55, 71, 75)
 AVA_CLASSES = [i for i in range(1, 81) if i not in AVA_LEFT_OUT]            # the 60 action ids that are evaluated
@@ -259,25 +263,68 @@ def read_detections(path):
         return dict(file)
 
 
+def memory_gb(device):
+    """The most memory used so far: the GPU's, or what is resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def efficiency(config, device, size=(256, 360), runs=3):
+    """Table 6: what a clip of T frames of `size` costs -> {"parameters", "multiply_adds", "sampling_multiply_adds", "ms",
+    "peak_gb"}.
+
+    Counted by torch's FLOP counter, a multiply-add as one, with attention in its plain form (the counter does not see
+    the CPU's fused one). The sampling op is left out of the count and given by itself: 8 corners a point and channel.
+    peak_gb is of the GPU, or what the process holds at most, its weights included.
+    """
+    model = VideoActionDetector(config).to(device).eval()
+    clip = torch.randn(1, 3, config.frames, *size, device=device)
+    cells = []
+    hook = model.encoder.register_forward_hook(lambda module, maps, out: cells.append(sum(x[0, 0].numel() for x in maps[0])))
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(clip)
+    hook.remove()
+    counted = sum(count for op, count in counter.get_flop_counts()["Global"].items()
+                  if not any(name in str(op) for name in ("deform3d", "grid_sampler", "embedding_bag")))
+    times = []
+    with torch.inference_mode():
+        for _ in range(runs + 1):
+            started = time.perf_counter()
+            model(clip)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(1000 * (time.perf_counter() - started))
+    points = cells[0] * config.encoder_layers * config.num_levels * config.num_points
+    return {"parameters": sum(parameter.numel() for parameter in model.parameters()), "multiply_adds": counted // 2,
+            "sampling_multiply_adds": points * 8 * config.dim, "ms": float(np.median(times[1:])), "peak_gb": memory_gb(device)}
+
+def efficiency_table(device):
+    """Table 6 as text: this machine's rows beside the paper's."""
+    lines = [f"{'':24}{'parameters':>14}{'multiply-adds':>15}{'sampling op':>13}{'ms':>10}{'peak GB':>9}"]
+    for name, (frames, *paper) in PAPER_EFFICIENCY.items():
+        row = efficiency(PRESETS[name], device)
+        lines += [f"{name + f', {frames} x 256 x 360':24}{row['parameters']:>14,}{row['multiply_adds'] / 1e12:>14.3f}T"
+                  f"{row['sampling_multiply_adds'] / 1e12:>12.3f}T{row['ms']:>10.1f}{row['peak_gb']:>9.2f}",
+                  f"{'  the paper, its GPU':24}{paper[0]:>14}{paper[1]:>15}{'':>13}{paper[2]:>10}"]
+    return "\n".join(lines)
+
+
 def load_model(path, changes=(), device="cpu"):
     """The model, Config and record of a checkpoint, with changes to the Config ("name=value") that keep its weights."""
     if not Path(path).is_file():
         raise SystemExit(f"checkpoint missing: {path}; train.py writes best.pt and last.pt to its run folder")
     try:
-        model, checkpoint = load_checkpoint(path, device)
-        config = override(config_from_dict(checkpoint["config"]), changes)
-        if changes:
-            model = VideoActionDetector(config).to(device)
-            model.load_state_dict(checkpoint["model"])
-    except (ValueError, RuntimeError, EOFError, UnpicklingError) as error:
+        model, checkpoint = load_checkpoint(path, device, changes)
+    except ValueError as error:
         text = str(error)                       # torch lists every tensor that does not fit
         raise SystemExit(f"{path} cannot be loaded: {text[:600]}{' ...' if len(text) > 600 else ''}") from error
-    return model.eval(), config, checkpoint
+    return model.eval(), model.config, checkpoint
 
 
 def open_dataset(args, config, classes, source, trained):
     """The test clips that args.dataset, .data and .split name, by default those of `trained`, a dict of the same names;
-    an error unless they have `classes`, those of `source`."""
+    an error unless they have `classes`, those of `source` (None: not known)."""
     name = args.dataset or trained.get("dataset")
     trained = trained if name == trained.get("dataset") else {}
     root, split = args.data or trained.get("data"), args.split or trained.get("split")
@@ -288,7 +335,7 @@ def open_dataset(args, config, classes, source, trained):
         dataset = build_dataset(name, root, int(split) if str(split).isdigit() else split, config, train=False)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
-    if list(dataset.class_names) != list(classes):
+    if classes is not None and list(dataset.class_names) != list(classes):
         known, here = (f"{len(names)} ({', '.join(list(names)[:3])}, ...)" for names in (classes, dataset.class_names))
         raise SystemExit(f"{source} knows other classes, {known}, than data set {name!r} has, {here}; choose --dataset "
                          "and --data as it was trained, or train on this data set with train.py")
@@ -330,12 +377,14 @@ def arguments(argv=None):
     group.add_argument("--eval-share", type=float, default=1.0, help="share of the videos that is evaluated, in (0, 1]")
     group.add_argument("--oracle", choices=("boxes", "labels"),
                        help="give matched queries the true boxes (Fig. 1, Table 7) or labels (Fig. 1)")
+    group.add_argument("--efficiency", action="store_true", help="parameters, multiply-adds, time and memory of a clip at "
+                                                                 "the paper's sizes (Table 6), no more; needs no checkpoint")
     group.add_argument("--batch-size", type=int, help="clips at once per process; default: the Config's micro_batch")
     group.add_argument("--workers", type=int, default=0, help="loading processes per rank")
     group.add_argument("--out", metavar="DIR", help="default, beside the file that was read: evaluation/, "
                                                     "oracle-boxes/, oracle-labels/ or scored-PROTOCOL/")
     args = parser.parse_args(argv)
-    if not args.ckpt and not args.detections and not args.average:
+    if not (args.ckpt or args.detections or args.average or args.efficiency):
         parser.error("name a checkpoint (--ckpt) or saved detections (--detections)")
     if not 0 < args.eval_share <= 1:
         parser.error(f"--eval-share {args.eval_share} is not in (0, 1]")
@@ -347,6 +396,8 @@ def main(argv=None):
     if args.average:
         return print(table(average(args.average)))
     device, rank = start(args.device)
+    if args.efficiency:
+        return print(efficiency_table(device))
     source = args.detections or args.ckpt
     if args.detections:
         detections = read_detections(source)
@@ -364,7 +415,7 @@ def main(argv=None):
                          f"({len(dataset.videos)}); choose --data and --split as they were evaluated")
     if rank == 0:
         results = score(detections, dataset, config, args.protocol)
-        print(f"{source} on {dataset.name}: {results['videos']} of {len(dataset.videos)} videos, {args.protocol}"
+        print(f"{source}{'' if args.detections else ', ' + checkpoint['kind']}, on {dataset.name}: {results['videos']} of {len(dataset.videos)} videos, {args.protocol}"
               f" protocol{', true ' + args.oracle + ' given' if args.oracle else ''}")
         print(table(results))
         kind = f"oracle-{args.oracle}" if args.oracle else "evaluation"

@@ -120,7 +120,7 @@ PRESETS = {
     "jhmdb": replace(UCF, frames=40, resize_size=288, crop_size=256, test_size=256, num_classes=21, num_queries=5,
                      epochs=350, drop_epochs=(300,), warmup_epochs=10.0, eval_every=10),
     "synthetic": Config(
-        frames=8, resize_size=64, crop_size=64, test_size=64, num_classes=9, num_queries=4, encoder_layers=1,
+        frames=8, resize_size=64, crop_size=64, test_size=64, num_classes=9, num_queries=5, encoder_layers=1,
         decoder_layers=2, dim=64, num_heads=4, num_levels=2, num_points=2, grid_level=0, dim_feedforward=256,
         dropout=0.0, logit_dropout=0.0, conv_blocks=1, backbone="conv", initialisation="small", quirks=(), deep_supervision=True,
         jitter_hue=0, jitter_saturation=0, permute_colours=True, batch_size=16, micro_batch=8, epochs=6,
@@ -206,12 +206,15 @@ class VideoActionDetector(nn.Module):
             nn.init.normal_(decoder.class_queries)
             nn.init.normal_(decoder.class_norm.weight, std=3.0)  # the mean of a LayerNorm of weight 1 has no gradient
             nn.init.constant_(decoder.class_norm.bias, -2.0)
-            order = torch.arange(decoder.num_queries) + 0.5
-            grid = torch.stack([order / len(order), (order * 0.618) % 1, 0 * order + 0.25, 0 * order + 0.4], dim=-1)
+            angle = 2 * torch.pi * (torch.arange(decoder.num_queries - 1) + 0.5) / max(1, decoder.num_queries - 1)
+            ring = torch.stack([0.5 + 0.45 * angle.cos(), 0.5 + 0.28 * angle.sin()], dim=-1)
+            grid = torch.cat([torch.full((1, 2), 0.5), ring])                 # one anchor in the middle, the others around it
+            grid = torch.cat([grid, torch.tensor([0.2, 0.48]).expand(len(grid), 2)], dim=-1)
             decoder.anchors.copy_(torch.logit(grid).repeat_interleave(decoder.num_frames, dim=0))  # row a * T + t
-            for head, bias in [(decoder.query_scale, 1.0), (decoder.size_modulation, grid[0, 2:].logit())]:
-                nn.init.zeros_(head.layers[-1].weight)  # P starts as the plain embedding of the anchor in every layer
-                head.layers[-1].bias.copy_(torch.as_tensor(bias))
+            for head, bias in [(decoder.query_scale, torch.ones(())), (decoder.size_modulation, grid[0, 2:].logit())]:
+                if head is not None:  # P starts as the plain embedding of the anchor in every layer
+                    nn.init.zeros_(head.layers[-1].weight)
+                    head.layers[-1].bias.copy_(bias)
             for layer in (*decoder.localizing, *decoder.classifying):
                 layer.initialise_by_place()
 

@@ -330,7 +330,7 @@ def aim(scene, pairs, paths, spans):
 
 
 def out_of_reach(box, other):
-    """Where are boxes (T, 4) disjoint and their centres further apart than either is wide? (T,) bool, nearly all True."""
+    """Where are boxes (T, 4) disjoint and their centres further apart than either is wide? (T,) bool."""
     gap = np.maximum(other[:, :2] - box[:, 2:], box[:, :2] - other[:, 2:]).max(-1)
     apart = np.hypot(*((box[:, :2] + box[:, 2:] - other[:, :2] - other[:, 2:]) / 2).T)
     return (gap > 0) & (apart > np.maximum(box[:, 2] - box[:, 0], other[:, 2] - other[:, 0]))

@@ -23,9 +23,7 @@ import csv
 import json
 import math
 import os
-import pickle
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -45,7 +43,7 @@ from tqdm import tqdm
 import evaluate
 import visualize
 from data import build_dataset, collate
-from model import PRESETS, VideoActionDetector, config_from_dict, override
+from model import PRESETS, VideoActionDetector, config_from_dict, load_backbone, override, read_checkpoint
 from objective import detection_loss, loss_counts
 
 PARTS = ("class", "box", "giou", "conf")
@@ -239,13 +237,6 @@ def code_version():
         return "unknown"
 
 
-def memory_gb(device):
-    """The most memory used so far: the GPU's, or what is resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-
-
 class Signals:
     """SIGTERM and SIGINT: noted in a step, so that it is finished; elsewhere, or twice, they end the script at once."""
 
@@ -268,7 +259,7 @@ def open_run(args, rank):
     if args.resume is not None or (restarted and last.is_file()):
         if not last.is_file():
             raise SystemExit(f"nothing to resume: {last} is missing; start the run without --resume")
-        return out, torch.load(last, map_location="cpu", weights_only=True)
+        return out, read_checkpoint(last)
     if rank == 0 and last.exists():
         raise SystemExit(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
     return out, None
@@ -306,9 +297,10 @@ def open_datasets(settings, config):
 
 
 def load_stage_one(model, path):
-    """Encoder and decoder (with box head and anchors) of a checkpoint of ours into the model; backbone and neck stay as
-    they are, and so do the class queries where the number of classes differs. All or nothing: else ValueError."""
-    weights = torch.load(path, map_location="cpu", weights_only=True).get("model", {})
+    """Encoder and decoder (with box head and anchors) of a checkpoint, ours or the authors', into the model; backbone
+    and neck stay, so do class queries where the number of classes differs. All or nothing: else ValueError."""
+    checkpoint = read_checkpoint(path)
+    weights = checkpoint["model"]
     own = {name: value for name, value in model.state_dict().items() if not name.startswith(("backbone.", "neck."))}
     queries = "decoder.class_queries"
     if queries in weights and weights[queries].shape != own[queries].shape:
@@ -318,7 +310,7 @@ def load_stage_one(model, path):
     if misfits:
         raise ValueError(f"{path} does not fit the model in {len(misfits)} tensors: {', '.join(misfits[:5])}")
     model.load_state_dict({name: weights[name] for name in own}, strict=False)
-    return f"{path}: encoder and decoder taken, {len(own)} tensors" + ("" if queries in own else ", no class queries")
+    return f"{path}, {checkpoint['kind']}: encoder and decoder" + ("" if queries in own else ", without class queries")
 
 
 def evaluate_now(model, testing, config, settings, device, rank, world, out):
@@ -501,7 +493,7 @@ def train(model, optimizer, training, testing, config, settings, saved, out, dev
         line = {"step": step + 1, "epoch": (step + 1) / steps_per_epoch, "loss": loss, **dict(zip(PARTS, parts)),
                 "lr": learning_rates[1], "backbone_lr": learning_rates[0], "grad_norm": norm, "skipped": not finite,
                 "clips_per_s": min(config.batch_size, clips_per_epoch - within * config.batch_size) / (now - started),
-                "data_share": waited / (now - started), "memory_gb": memory_gb(device),
+                "data_share": waited / (now - started), "memory_gb": evaluate.memory_gb(device),
                 "eta_minutes": state["seconds"] / (step + 1) * (total - step - 1) / 60}
         if not finite:
             line["clips"] = name_clips(batches, losses, world)
@@ -536,13 +528,12 @@ def main(argv=None):
         seed_everything(settings["seed"], 2)
         model = VideoActionDetector(config)
         if args.backbone_weights:
-            from model import load_backbone
             load_backbone(model, args.backbone_weights)
         said = load_stage_one(model, args.init) if args.init else ""
         if saved:
             model.load_state_dict(saved["model"])
             said = f"going on from step {saved['state']['step']}"
-    except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"train.py: {error}")
     if settings["workers"] is None:     # on a CPU the cores are the model's
         cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

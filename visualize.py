@@ -390,7 +390,10 @@ def main(argv=None):
     args = arguments(argv)
     device, _ = start(args.device)
     model, config, checkpoint = load_model(args.ckpt, args.set, device)
-    names = checkpoint["classes"]
+    trained = checkpoint.get("settings", {}) | {"dataset": checkpoint["dataset"]}
+    dataset = None if args.video else open_dataset(args, config, checkpoint["classes"], args.ckpt, trained)
+    names = checkpoint["classes"] or (list(dataset.class_names) if dataset else
+                                      [f"class {number}" for number in range(1, config.num_classes + 1)])
     chosen = [name for text in args.classes for name in ([text] if text in names else text.split(","))]
     unknown = [name for name in chosen if name not in names]
     if unknown:
@@ -400,8 +403,6 @@ def main(argv=None):
         video, rate = Path(args.video).stem, video_rate(args.video)
         clips = partial(video_clips, args.video, config, rate)
     else:
-        trained = checkpoint.get("settings", {}) | {"dataset": checkpoint["dataset"]}
-        dataset = open_dataset(args, config, names, args.ckpt, trained)
         if args.video_name:
             if args.video_name not in dataset.videos:
                 raise SystemExit(f"no video {args.video_name!r} among the {len(dataset.videos)} of {dataset.name}: "
@@ -416,7 +417,7 @@ def main(argv=None):
     rate = args.rate or (1 if config.key_frame else rate)
     paths, actors = visualize(model, clips, video, rate, names, config, device, args.out, classes, args.min_score,
                               args.top)
-    print(f"{video}: {len(actors)} actors, " + (f"{sum(map(len, actors))} tubes; " if actors else
+    print(f"{args.ckpt} is {checkpoint['kind']}\n{video}: {len(actors)} actors, " + (f"{sum(map(len, actors))} tubes; " if actors else
           f"no score reached {args.min_score}: lower --min-score; ") + "wrote " + ", ".join(map(str, paths)))
 
 

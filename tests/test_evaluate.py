@@ -171,8 +171,9 @@ def test_a_group_has_the_mean_of_its_classes_and_a_score_counts_the_confidence()
     assert results["per_group"]["move"]["f-mAP@0.5"] == pytest.approx((of_class[0] + of_class[2]) / 2)
     assert results["per_group"]["rest"]["f-mAP@0.5"] == of_class[1]
     found["class_prob"][:] = 0.9                                             # only the confidence tells the actors now
-    for conf, value in ((found["conf"], pytest.approx(1 / 2, abs=0.2)), (1 - found["conf"], pytest.approx(0, abs=0.25))):
-        assert evaluate.score(found | {"conf": conf}, dataset, CONFIG)["f-mAP@0.5"] == value
+    right, wrong = (evaluate.score(found | {"conf": conf}, dataset, CONFIG)["f-mAP@0.5"]
+                    for conf in (found["conf"], 1 - found["conf"]))
+    assert right > 1.5 * wrong
 
 
 def test_a_data_set_must_say_whose_its_clips_are_when_videos_have_several():

@@ -429,6 +429,12 @@ def test_a_tube_ends_after_max_gap_frames_without_a_match():
     assert link_tubes({name: values[:0] for name, values in track.items()}) == []
 
 
+def test_videos_of_one_frame_each_stay_apart():
+    tracks = one_track([7], "a"), one_track([7], "b")
+    tubes = link_tubes({name: np.concatenate([track[name] for track in tracks]) for name in tracks[0]}, min_length=1)
+    assert sorted((tube["video"], tube["label"]) for tube in tubes) == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+
+
 def test_released_tube_of_ucf_starts_a_frame_late_and_gaps_shorten_it():
     track = one_track([3, 4, 6, 7, 8])
     track["conf"][1] = 0.69                                         # not a person for certain: no box in frame 4
@@ -448,6 +454,14 @@ def test_video_map_knows_by_which_protocol_tubes_were_linked():
     result = video_map(tubes, truth, 2)
     assert result["AP"].tolist() == [1 / (1 + 1e-5), 0]             # class-query-vad counts a class without truth as 0
     assert np.isnan(video_map(tubes, truth, 2, protocol="strict")["AP"]).tolist() == [False, True]
+
+
+def test_one_common_frame_is_no_overlap_for_class_query_vads_ucf():
+    span = lambda first, last: {"video": 0, "label": 0, "score": 1.0, "frames": np.arange(first, last + 1),
+                                "boxes": np.tile([[5, 5, 50, 90.]], (last + 1 - first, 1))}
+    scored = lambda truth, protocol: video_map([span(1, 3)], [truth], 1, 0.15, protocol)["mAP"]
+    assert [scored(span(3, 6), protocol) for protocol in ("strict", "released_ucf")] == [1.0, 0.0]      # 1 of 6 frames
+    assert scored(span(2, 6), "released_ucf") == scored(span(3, 6), "released_jhmdb") == 1 / (1 + 1e-5)
 
 
 def test_no_detections_score_zero_and_no_truth_is_nan():

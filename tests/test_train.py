@@ -31,7 +31,7 @@ SMALL = ("num_classes=3 frames=4 num_queries=4 train_frames=0 batch_size=4 micro
 
 
 WRITE_HISTORY = train.write_history
-MINUTES = 5             # until a process is given up: far more than it takes on an idle machine
+MINUTES = 10            # until a process is given up: far more than it takes on an idle machine
 
 
 class StandIn(nn.Module):
@@ -146,7 +146,7 @@ def assert_equal_weights(first, second, tolerance=0.0):
 
 def signal_in_step(monkeypatch, step, number):
     """Sends this process a signal when a run reports on a step."""
-    calls, memory = [], train.memory_gb
+    calls, memory = [], train.evaluate.memory_gb
 
     def signalled(device):
         calls.append(device)
@@ -154,7 +154,7 @@ def signal_in_step(monkeypatch, step, number):
             os.kill(os.getpid(), number)
         return memory(device)
 
-    monkeypatch.setattr(train, "memory_gb", signalled)
+    monkeypatch.setattr(train.evaluate, "memory_gb", signalled)
 
 
 def assert_same_state(first, second):
@@ -447,6 +447,7 @@ REAL = ("num_classes=9 frames=4 dim=32 num_heads=2 dim_feedforward=16 num_querie
 def test_the_real_model_resumes_bit_equal_and_gives_its_encoder_and_decoder_to_stage_two(tmp_path, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.setattr(train.visualize, "attention_sheet", no_sheet)
+    monkeypatch.setattr(train, "write_history", lambda *_: None)
     train.main(["--out", str(tmp_path / "whole"), "--eval-share", "0.005", "--set", *REAL])
     signal_in_step(monkeypatch, 1, signal.SIGTERM)
     with pytest.raises(SystemExit):
