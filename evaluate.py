@@ -278,11 +278,11 @@ def efficiency(config, device, size=(256, 360), runs=3):
     the CPU's fused one). The sampling op is left out of the count and given by itself: 8 corners a point and channel.
     peak_gb is of the GPU, or what the process holds at most, its weights included.
     """
-    model = VideoActionDetector(config).to(device).eval()
+    model = VideoActionDetector(config).to(device).eval().requires_grad_(False)
     clip = torch.randn(1, 3, config.frames, *size, device=device)
     cells = []
     hook = model.encoder.register_forward_hook(lambda module, maps, out: cells.append(sum(x[0, 0].numel() for x in maps[0])))
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(clip)
     hook.remove()
     counted = sum(count for op, count in counter.get_flop_counts()["Global"].items()

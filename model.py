@@ -122,10 +122,11 @@ PRESETS = {
     "synthetic": Config(
         frames=8, resize_size=64, crop_size=64, test_size=64, num_classes=9, num_queries=5, encoder_layers=1,
         decoder_layers=2, dim=64, num_heads=4, num_levels=2, num_points=2, grid_level=0, dim_feedforward=256,
-        dropout=0.0, logit_dropout=0.0, conv_blocks=1, backbone="conv", initialisation="small", quirks=(), deep_supervision=True,
-        jitter_hue=0, jitter_saturation=0, permute_colours=True, batch_size=16, micro_batch=8, epochs=6,
-        clips_per_epoch=4000, train_frames=2, schedule="cosine", drop_epochs=(), warmup_epochs=0.25, warmup_lr=0.0,
-        lr=1e-3, backbone_lr=3e-3, weight_decay=1e-2, adam_beta2=0.98, clip_norm=1.0, eval_every=3),
+        dropout=0.0, logit_dropout=0.0, conv_blocks=1, backbone="conv", initialisation="small", quirks=(),
+        loss_class=16.0, deep_supervision=True, jitter_hue=0, jitter_saturation=0, permute_colours=True, batch_size=16,
+        micro_batch=8, epochs=5, clips_per_epoch=3520, train_frames=2, schedule="cosine", drop_epochs=(),
+        warmup_epochs=0.25, warmup_lr=0.0, lr=1e-3, backbone_lr=3e-3, weight_decay=1e-2, adam_beta2=0.98, clip_norm=1.0,
+        eval_every=3),
 }
 
 

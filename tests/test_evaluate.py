@@ -357,3 +357,15 @@ def test_changes_to_the_config_keep_the_weights(checkpoint):
     assert (config.gate, new.gate, changed.config.gate) == (0.0, 0.25, 0.25) and not changed.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, changed.state_dict()[name]), name
+
+
+def test_efficiency_counts_multiply_adds_of_what_is_added():
+    """One convolution block more in a classifying layer costs 17 D*D multiply-adds a cell of every actor's map."""
+    config = replace(PRESETS["synthetic"], gate=0.0)
+    one, two = (evaluate.efficiency(replace(config, conv_blocks=blocks), torch.device("cpu"), (64, 96), runs=1)
+                for blocks in (1, 2))
+    cells = 8 * 12 * config.num_queries * config.frames * config.decoder_layers
+    assert two["multiply_adds"] - one["multiply_adds"] == cells * 17 * config.dim ** 2
+    assert two["parameters"] - one["parameters"] == config.decoder_layers * (17 * config.dim ** 2 + 8 * config.dim)
+    points = (8 * 8 * 12 + 8 * 4 * 6) * config.num_levels * config.num_points
+    assert one["sampling_multiply_adds"] == points * 8 * config.dim and one["ms"] > 0 and one["peak_gb"] > 0

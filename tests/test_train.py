@@ -240,12 +240,13 @@ def test_the_batch_has_to_divide():
 
 
 def test_the_optimizer_has_the_backbone_at_its_own_rate_and_leaves_out_what_is_frozen():
-    config = replace(PRESETS["synthetic"], backbone_lr=1e-5, lr=1e-4, weight_decay=0.3, adam_beta2=0.9)
+    config = replace(PRESETS["synthetic"], backbone_lr=1e-5, lr=1e-4, weight_decay=0.3, adam_beta2=0.9, conv_blocks=2)
     model = StandIn(config)
     backbone, others = train.make_optimizer(model, config).param_groups
     assert (backbone["lr"], others["lr"], others["betas"], others["weight_decay"]) == (1e-5, 1e-4, (0.9, 0.9), 0.3)
     assert {id(p) for p in backbone["params"]} == {id(p) for p in model.backbone.parameters()}
-    assert {id(p) for p in others["params"]} == {id(p) for p in model.decoder.parameters()}
+    rest = [*model.norm.parameters(), *model.decoder.parameters()]
+    assert {id(p) for p in others["params"]} == {id(p) for p in rest}
 
 
 def test_targets_are_cut_to_the_frames_that_are_decoded():
