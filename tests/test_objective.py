@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 from dataclasses import replace
 
 import pytest
@@ -347,16 +346,3 @@ def test_boxes_and_giou_have_closed_forms():
 def test_targets_that_do_not_fit_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         detection_loss(make_outputs(), change(some_targets()), CONFIG)
-
-
-def test_matching_a_ucf_clip_is_quick():
-    """Issue 13's bar is 3 ms on an idle core; the bound is wider, as tests run on busy ones."""
-    config = Config()
-    outputs = make_outputs(clips=1, frames=32, queries=15, classes=24, dtype=torch.float32)
-    targets = [make_target(5, frames=32, classes=24, present=1.1)]
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        match(outputs, targets, config)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.006

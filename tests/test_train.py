@@ -318,7 +318,7 @@ def test_a_signal_ends_the_step_and_a_resumed_run_is_bit_equal_to_one_that_was_n
     whole = run(tmp_path / "whole", settings=settings)
     signal_in_step(stand_ins, 2, number)
     with pytest.raises(SystemExit) as ended:
-        run(tmp_path / "cut", settings=settings)
+        run(tmp_path / "cut", "--workers", "1", settings=settings)      # who loads the clips makes no difference
     assert ended.value.code == 128 + number
     assert last(tmp_path / "cut")["state"]["step"] == 3                 # sent at the end of step 2, step 3 is finished
     train.main(["--resume", str(tmp_path / "cut")])                     # the settings are the checkpoint's
@@ -431,12 +431,16 @@ def test_out_of_memory_says_what_takes_less(stand_ins, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_nearly_as_float32_does(stand_ins, tmp_path, precision):
-    full, half = run(tmp_path / "full"), run(tmp_path / "half", "--precision", precision)
-    assert_equal_weights(full, half, tolerance=0.05)
+    settings = ["epochs=6", "eval_every=6"]
+    full = run(tmp_path / "full", settings=settings)
+    half = run(tmp_path / "half", "--precision", precision, settings=settings)
+    lines, expected = log(tmp_path / "half"), log(tmp_path / "full")
+    skipped = [line["step"] for line in lines if line["skipped"]]
+    assert skipped == list(range(1, len(skipped) + 1)) and len(skipped) < 6 and half["state"]["bad"] == 0
+    assert bool(skipped) == bool(half["scaler"]) == (precision == "fp16")   # it starts with too large a scale: no fault
+    assert np.mean([line["loss"] for line in lines[-3:]]) == pytest.approx(
+        np.mean([line["loss"] for line in expected[-3:]]), rel=0.02 if precision == "bf16" else 0.2)
     assert not torch.equal(full["model"]["decoder.1.weight"], half["model"]["decoder.1.weight"])
-    skipped = [line["step"] for line in log(tmp_path / "half") if line["skipped"]]
-    assert skipped == ([] if precision == "bf16" else [1])          # fp16 starts with too large a scale: no fault
-    assert bool(half["scaler"]) == (precision == "fp16") and half["state"]["bad"] == 0
 
 
 # --- the real model
