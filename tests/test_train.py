@@ -275,6 +275,9 @@ def test_a_run_leaves_its_folder_and_says_so(stand_ins, tmp_path, capsys):
     assert [line["step"] for line in lines] == list(range(1, 7))               # 10 clips a pass: steps of 4, 4, 2
     assert set(lines[0]) >= {"loss", "class", "box", "giou", "conf", "lr", "backbone_lr", "grad_norm", "clips_per_s",
                              "data_share", "memory_gb", "eta_minutes", "skipped"}
+    rates = train.rates(5, 3, train.config_from_dict(checkpoint["config"]))                 # of the last step
+    assert tuple(group["lr"] for group in checkpoint["optimizer"]["param_groups"]) == rates
+    assert (lines[-1]["backbone_lr"], lines[-1]["lr"]) == rates
     with open(tmp_path / "run" / "results.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"] and "f-mAP@0.5 others" in rows[0]
@@ -327,6 +330,19 @@ def test_a_signal_ends_the_step_and_a_resumed_run_is_bit_equal_to_one_that_was_n
     assert [[line[name] for name in keep] for line in log(tmp_path / "cut")] == \
         [[line[name] for name in keep] for line in log(tmp_path / "whole")]
     assert (tmp_path / "cut/results.csv").read_text().count("\n") == 3
+
+
+def test_a_signal_in_an_evaluation_ends_the_run_at_once_and_the_evaluation_is_made_when_resumed(stand_ins, tmp_path):
+    whole = run(tmp_path / "whole")
+    evaluate_now = train.evaluate_now
+    stand_ins.setattr(train, "evaluate_now", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path / "cut")
+    assert ended.value.code == 143 and last(tmp_path / "cut")["state"]["step"] == 3
+    stand_ins.setattr(train, "evaluate_now", evaluate_now)
+    train.main(["--resume", str(tmp_path / "cut")])
+    assert_same_state(whole, last(tmp_path / "cut"))
+    assert [row["epoch"] for row in last(tmp_path / "cut")["state"]["history"]] == [1, 2]
 
 
 def test_a_run_that_had_ended_is_not_trained_on(stand_ins, tmp_path, capsys):
@@ -436,7 +452,7 @@ def test_half_precision_trains_nearly_as_float32_does(stand_ins, tmp_path, preci
     half = run(tmp_path / "half", "--precision", precision, settings=settings)
     lines, expected = log(tmp_path / "half"), log(tmp_path / "full")
     skipped = [line["step"] for line in lines if line["skipped"]]
-    assert skipped == list(range(1, len(skipped) + 1)) and len(skipped) < 6 and half["state"]["bad"] == 0
+    assert len(skipped) < 6 and half["state"]["bad"] == 0
     assert bool(skipped) == bool(half["scaler"]) == (precision == "fp16")   # it starts with too large a scale: no fault
     assert np.mean([line["loss"] for line in lines[-3:]]) == pytest.approx(
         np.mean([line["loss"] for line in expected[-3:]]), rel=0.02 if precision == "bf16" else 0.2)
