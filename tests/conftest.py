@@ -1,5 +1,8 @@
+import os
 import sys
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # as in torchrun's processes, with which tests compare bit for bit
 
 import pytest
 import torch
