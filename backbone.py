@@ -199,11 +199,11 @@ class CSNNeck(nn.ModuleList):
 class ConvStem(nn.Module):
     """The synthetic preset's backbone: four stages, each halving space, T' = T; maps at strides 8 and 16.
 
-    A stage begins with a 3x3 convolution of stride 2, over three frames as well in the middle two; the last two have a second
-    one, without which a cell of the coarse map would see no more than a figure's height.
+    A stage begins with a 3x3 convolution of stride 2, over three frames as well in the middle two; the last two have a
+    second one, without which a cell of the coarse map would see no more than a figure's height.
     """
 
-    def __init__(self, widths=(24, 48, 96, 128)):
+    def __init__(self, widths=(16, 48, 96, 128)):
         super().__init__()
         self.stages = nn.ModuleList()
         for before, after, steps, again in zip((3, *widths), widths, (1, 3, 3, 1), (False, False, True, True)):
@@ -317,7 +317,8 @@ def csn_names(tensors):
         (r"comp_(\d+)_conv_([134])_w", lambda n, conv: f"{blocks[int(n)]}.conv{conv}.weight"),
         (r"comp_(\d+)_spatbn_([134])_(s|b|rm|riv)", lambda n, conv, leaf: f"{blocks[int(n)]}.bn{conv}.{leaves[leaf]}"),
         (r"shortcut_projection_(\d+)_w", lambda n: f"{blocks[int(n)]}.down_sample.0.weight"),
-        (r"shortcut_projection_(\d+)_(?:spatbn_)?(s|b|rm|riv)", lambda n, leaf: f"{blocks[int(n)]}.down_sample.1.{leaves[leaf]}"),
+        (r"shortcut_projection_(\d+)_(?:spatbn_)?(s|b|rm|riv)",
+         lambda n, leaf: f"{blocks[int(n)]}.down_sample.1.{leaves[leaf]}"),
     ]
     named = {}
     for name, value in tensors.items():

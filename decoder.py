@@ -281,8 +281,8 @@ class ClassifyingLayer(nn.Module):
 class Decoder(nn.Module):
     """Both kinds of layers and the heads. See `forward`."""
 
-    def __init__(self, num_layers, dim, num_heads, num_levels, dim_feedforward, dropout, num_queries, num_frames, num_classes,
-                 num_blocks, logit_dropout, recompute, frequencies, num_groups, quirks):
+    def __init__(self, num_layers, dim, num_heads, num_levels, dim_feedforward, dropout, num_queries, num_frames,
+                 num_classes, num_blocks, logit_dropout, recompute, frequencies, num_groups, quirks):
         super().__init__()
         self.recompute, self.quirks, self.num_groups = recompute, quirks, num_groups
         self.num_queries, self.num_frames = num_queries, num_frames

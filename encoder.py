@@ -77,7 +77,8 @@ class DeformableLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def initialise(self):
-        """Heads of the first half look at t + 1, the others at t; angles 0, 90, 180, 270 in (x, y); point p at distance p."""
+        """Heads of the first half look at t + 1, the others at t; angles 0, 90, 180, 270 in (x, y); point p at
+        distance p."""
         num_heads, num_levels, num_points = self.sizes
         nn.init.zeros_(self.sampling_offsets.weight)
         nn.init.zeros_(self.attention_weights.weight)

@@ -297,7 +297,9 @@ def efficiency(config, device, size=(256, 360), runs=3):
             times.append(1000 * (time.perf_counter() - started))
     points = cells[0] * config.encoder_layers * config.num_levels * config.num_points
     return {"parameters": sum(parameter.numel() for parameter in model.parameters()), "multiply_adds": counted // 2,
-            "sampling_multiply_adds": points * 8 * config.dim, "ms": float(np.median(times[1:])), "peak_gb": memory_gb(device)}
+            "sampling_multiply_adds": points * 8 * config.dim, "ms": float(np.median(times[1:])),
+            "peak_gb": memory_gb(device)}
+
 
 def efficiency_table(device):
     """Table 6 as text: this machine's rows beside the paper's."""
@@ -415,7 +417,8 @@ def main(argv=None):
                          f"({len(dataset.videos)}); choose --data and --split as they were evaluated")
     if rank == 0:
         results = score(detections, dataset, config, args.protocol)
-        print(f"{source}{'' if args.detections else ', ' + checkpoint['kind']}, on {dataset.name}: {results['videos']} of {len(dataset.videos)} videos, {args.protocol}"
+        kind = "" if args.detections else ", " + checkpoint["kind"]
+        print(f"{source}{kind}, on {dataset.name}: {results['videos']} of {len(dataset.videos)} videos, {args.protocol}"
               f" protocol{', true ' + args.oracle + ' given' if args.oracle else ''}")
         print(table(results))
         kind = f"oracle-{args.oracle}" if args.oracle else "evaluation"

@@ -91,6 +91,7 @@ class Config:
     warmup_lr: float = 2e-6             # the rate the linear warm-up starts from
     lr: float = 2e-4
     backbone_lr: float = 2e-5
+    lr_batch: int = 0                   # batch size the rates are for: they grow as sqrt(batch_size / lr_batch) (0: never)
     weight_decay: float = 2e-4
     adam_beta2: float = 0.999
     clip_norm: float = 0.1              # of the gradient, over all parameters
@@ -124,14 +125,15 @@ PRESETS = {
         decoder_layers=2, dim=64, num_heads=4, num_levels=2, num_points=2, grid_level=0, dim_feedforward=256,
         dropout=0.0, logit_dropout=0.0, conv_blocks=1, backbone="conv", initialisation="small", quirks=(),
         loss_class=16.0, deep_supervision=True, jitter_hue=0, jitter_saturation=0, permute_colours=True, batch_size=16,
-        micro_batch=8, epochs=5, clips_per_epoch=3520, train_frames=2, schedule="cosine", drop_epochs=(),
+        micro_batch=8, epochs=5, clips_per_epoch=3680, train_frames=2, schedule="cosine", drop_epochs=(),
         warmup_epochs=0.25, warmup_lr=0.0, lr=1e-3, backbone_lr=3e-3, weight_decay=1e-2, adam_beta2=0.98, clip_norm=1.0,
-        eval_every=3),
+        eval_every=5),
 }
 
 
 def override(config, assignments):
-    """Config with ["name=value", ...] applied; an unknown name or a value of the wrong type is an error that lists what there is."""
+    """Config with ["name=value", ...] applied. ValueError, with a list of what there is, for an unknown name or a value
+    of the wrong type."""
     kinds = {field.name: field.type for field in fields(Config)}
     changes = {}
     for assignment in assignments:
@@ -209,7 +211,7 @@ class VideoActionDetector(nn.Module):
             nn.init.constant_(decoder.class_norm.bias, -2.0)
             angle = 2 * torch.pi * (torch.arange(decoder.num_queries - 1) + 0.5) / max(1, decoder.num_queries - 1)
             ring = torch.stack([0.5 + 0.45 * angle.cos(), 0.5 + 0.28 * angle.sin()], dim=-1)
-            grid = torch.cat([torch.full((1, 2), 0.5), ring])                 # one anchor in the middle, the others around it
+            grid = torch.cat([torch.full((1, 2), 0.5), ring])     # one in the middle, the others around it
             grid = torch.cat([grid, torch.tensor([0.2, 0.48]).expand(len(grid), 2)], dim=-1)
             decoder.anchors.copy_(torch.logit(grid).repeat_interleave(decoder.num_frames, dim=0))  # row a * T + t
             for head, bias in [(decoder.query_scale, torch.ones(())), (decoder.size_modulation, grid[0, 2:].logit())]:
@@ -279,7 +281,8 @@ class VideoActionDetector(nn.Module):
 
 
 def scores(out, config):
-    """Class scores at test time (Sec. 4.3), (B, T, A, C) in [0, 1]: sigmoid of the logit, for ucf and jhmdb times the confidence."""
+    """Class scores at test time (Sec. 4.3), (B, T, A, C) in [0, 1]: sigmoid of the logit, for ucf and jhmdb times the
+    confidence."""
     probabilities = out["pred_logits"].float().sigmoid()
     if not config.score_with_confidence:
         return probabilities
@@ -382,14 +385,16 @@ def load_released(model, state_dict):
     problems += [f"{name}: shape {tuple(value.shape)}, {tuple(own[name].shape)} expected" for name, value in loaded.items()
                  if name in own and value.shape != own[name].shape]
     if problems:
-        raise ValueError(f"not a released checkpoint of this preset ({len(problems)} problems):\n  " + "\n  ".join(problems[:20]))
+        raise ValueError(f"not a released checkpoint of this preset ({len(problems)} problems):\n  "
+                         + "\n  ".join(problems[:20]))
     model.load_state_dict(loaded)
     return model
 
 
 def read_checkpoint(path):
-    """{"model": tensors under our names, "config": dict, "kind", "dataset", "classes", ...} of a checkpoint of train.py, or of
-    the authors' with what can be known of it: the preset, by backbone and number of classes. ValueError for other files."""
+    """{"model": tensors under our names, "config": dict, "kind", "dataset", "classes", ...} of a checkpoint of train.py,
+    or of the authors' with what can be known of it: the preset, by backbone and number of classes.
+    ValueError for other files."""
     content = open_checkpoint(path)
     if isinstance(content, dict) and {"model", "config"} <= set(content):
         return {**content, "kind": "a checkpoint of this project"}

@@ -20,6 +20,7 @@ encoder.py and decoder.py name.
 import argparse
 import contextlib
 import csv
+import ctypes
 import json
 import math
 import os
@@ -31,6 +32,7 @@ import time
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -102,6 +104,9 @@ def start_processes():
         device = torch.device("cpu")
         if world > 1:
             torch.set_num_threads(1)
+        if sys.platform == "linux":     # freed memory is kept for the next step: a tenth of a step was page faults
+            ctypes.CDLL(None).mallopt(-3, 2 ** 25)          # M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)      # M_TRIM_THRESHOLD
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))    # outlives a restart by torchrun: old addresses apart
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -173,17 +178,20 @@ def micro_batch_size(config, world):
 
 
 def rates(step, steps_per_epoch, config):
-    """The learning rates of a step: (the backbone's, all others')."""
+    """The learning rates of a step: (the backbone's, all others'). With lr_batch they follow the batch by the square
+    root, Adam's rule: the noise of its normalised gradient falls so."""
     warm, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
+    scale = math.sqrt(config.batch_size / config.lr_batch) if config.lr_batch else 1.0
     if step < warm:
-        return tuple(config.warmup_lr + (lr - config.warmup_lr) * step / warm for lr in (config.backbone_lr, config.lr))
+        return tuple(scale * (config.warmup_lr + (lr - config.warmup_lr) * step / warm)
+                     for lr in (config.backbone_lr, config.lr))
     if config.schedule == "cosine":
         factor = (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1))) / 2
     elif config.schedule == "step":
         factor = 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.drop_epochs)
     else:
         raise ValueError(f"schedule {config.schedule!r}; there are: step, cosine")
-    return config.backbone_lr * factor, config.lr * factor
+    return config.backbone_lr * factor * scale, config.lr * factor * scale
 
 
 def make_optimizer(model, config):
@@ -313,16 +321,17 @@ def load_stage_one(model, path):
     return f"{path}, {checkpoint['kind']}: encoder and decoder" + ("" if queries in own else ", without class queries")
 
 
-def evaluate_now(model, testing, config, settings, device, rank, world, out):
+def evaluate_now(run):
     """Detections on the test clips by all ranks, scored and written by rank 0 -> results, None on the other ranks."""
-    if world > 1:       # batch statistics are each rank's own until the next forward pass
-        for buffer in model.buffers():
+    if run.world > 1:       # batch statistics are each rank's own until the next forward pass
+        for buffer in run.model.buffers():
             dist.broadcast(buffer, 0)
-    detections = evaluate.detect(model, testing, config, device, settings["eval_share"], settings["workers"])
-    if rank > 0:
+    detections = evaluate.detect(run.model, run.testing, run.config, run.device, run.settings["eval_share"],
+                                 run.settings["workers"])
+    if run.rank > 0:
         return None
-    results = evaluate.score(detections, testing, config)
-    evaluate.write_results(out, results, detections)
+    results = evaluate.score(detections, run.testing, run.config)
+    evaluate.write_results(run.out, results, detections)
     return results
 
 
@@ -335,32 +344,12 @@ def summary(results, epoch, step, seconds):
 
 def write_history(history, log_path, out):
     """results.csv, a line an evaluation, and curves.png: losses, rate, gradient norm and mAP over the epochs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     with open(out / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, history[0])
         writer.writeheader()
         writer.writerows(history)
     lines = [line for line in map(json.loads, log_path.read_text().splitlines()) if not line["skipped"]]
-    stride = max(len(lines) // 500, 1)      # a point of a curve is a mean over so many steps
-    lines = lines[:len(lines) // stride * stride]
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-
-    def points(name):
-        return np.array([line[name] for line in lines]).reshape(-1, stride).mean(axis=1)
-
-    for axes, names in zip(figure.subplots(2, 2).flat, (PARTS, ("loss",), ("lr", "grad_norm"), ())):
-        for name in names:
-            axes.plot(points("epoch"), points(name), label=name)
-        axes.set(xlabel="epoch", yscale="log" if names else "linear")
-    for name in [name for name in history[0] if "f-mAP" in name or name.endswith("@0.5")]:     # in the last of the four
-        axes.plot([row["epoch"] for row in history], [row[name] for row in history], marker=".", label=name)
-    axes.set(ylim=(0, 1))
-    for axes in figure.axes:
-        axes.legend(fontsize="small", loc="upper right")
-    figure.savefig(out / "curves.png", dpi=80)
+    visualize.training_curves(lines, history, PARTS, out / "curves.png")
 
 
 def trim_log(path, step):
@@ -380,140 +369,169 @@ def name_clips(batches, losses, world):
     return [name for name, finite in named if not finite] or [name for name, _ in named]
 
 
-def accumulate(network, batches, counts, config, device, precision, scaler, world):
+def accumulate(run, batches, counts):
     """Forward and backward passes of a step's micro-batches -> for each the loss and its parts, (5,).
 
     DDP exchanges gradients in the last backward pass only, and takes their mean over ranks where the sum is meant.
     """
     losses = []
     for number, (clips, mask, targets, frames) in enumerate(batches):
-        clips, mask = (tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in (clips, mask))
+        clips, mask = (x if x is None else x.to(run.device, non_blocking=True) for x in (clips, mask))
         last = number == len(batches) - 1
-        with contextlib.nullcontext() if last or world == 1 else network.no_sync():
-            with torch.autocast(device.type, precision, enabled=precision is not None):
-                outputs = network(clips, mask, frames=frames)
-            loss, parts = detection_loss(outputs, targets, config, counts)
-            scaler.scale(loss * world).backward()
+        with contextlib.nullcontext() if last or run.world == 1 else run.network.no_sync():
+            with torch.autocast(run.device.type, run.precision, enabled=run.precision is not None):
+                outputs = run.network(clips, mask, frames=frames)
+            loss, parts = detection_loss(outputs, targets, run.config, counts)
+            run.scaler.scale(loss * run.world).backward()
         losses.append(torch.stack([loss.detach(), *parts.values()]))
     return losses
 
 
-def train(model, optimizer, training, testing, config, settings, saved, out, device, rank, world, signals):
+def train_step(run, batches):
+    """One step on the micro-batches of all ranks -> (what log.jsonl says of it, whether a signal reached any rank).
+
+    What is not finite changes nothing but the count of such steps in a row; "clips" of the line then names the clips.
+    """
+    config, state = run.config, run.state
+    seed_everything(run.settings["seed"], 1, state["step"], run.rank)
+    batches = [prepare(batch, config) for batch in batches]
+    counts = sum(loss_counts(targets, config) for _, _, targets, _ in batches).to(run.device)
+    if run.world > 1:
+        dist.all_reduce(counts)
+    learning_rates = rates(state["step"], epoch_length(run.length, config)[1], config)
+    for group, rate in zip(run.optimizer.param_groups, learning_rates):
+        group["lr"] = rate
+    buffers = [buffer.clone() for buffer in run.model.buffers()]
+    losses = accumulate(run, batches, counts)
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.clip_grad_norm_([*run.model.parameters()], config.clip_norm)
+    sums = torch.cat([sum(losses), losses[0].new_tensor([run.signals.caught > 0])])
+    if run.world > 1:
+        dist.all_reduce(sums)
+    loss, *parts, stop, norm = torch.cat([sums, norm[None]]).tolist()     # waits for the GPU, as matching does
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    # fp16 finds its scale by overflowing: no fault as long as the scale can still be lowered
+    overflow = math.isfinite(loss) and not finite and run.scaler.is_enabled() and run.scaler.get_scale() > 1
+    if finite:
+        run.scaler.step(run.optimizer)
+    else:
+        for buffer, value in zip(run.model.buffers(), buffers):     # batch statistics have met what was not finite
+            buffer.copy_(value)
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    state["step"] += 1
+    state["bad"] = 0 if finite else state["bad"] + (not overflow)
+    line = {"loss": loss, **dict(zip(PARTS, parts)), "lr": learning_rates[1], "backbone_lr": learning_rates[0],
+            "grad_norm": norm, "skipped": not finite}
+    return line if finite else line | {"clips": name_clips(batches, losses, run.world)}, stop
+
+
+def checkpoint(run, name):
+    """Rank 0 writes all that the run needs to go on: out/NAME."""
+    if run.rank == 0:
+        state = run.state
+        save(run.out / name, {
+            "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
+            "state": state, "config": asdict(run.config), "settings": run.settings, "dataset": run.testing.name,
+            "classes": list(run.testing.class_names), "epoch": state["step"] // epoch_length(run.length, run.config)[1],
+            "metrics": state["history"][-1] if state["history"] else {}, "processes": run.world, "code": run.code})
+
+
+def end_epoch(run, epoch):
+    """Evaluation after an epoch: table, files, best.pt and last.pt -> results, None on ranks other than 0."""
+    checkpoint(run, "last.pt")              # an evaluation may be left at once: it starts anew from here
+    run.signals.in_step = False
+    if run.signals.caught:
+        sys.exit(128 + run.signals.caught)
+    results, state = evaluate_now(run), run.state
+    state["evaluated"] = epoch
+    if run.rank == 0:
+        state["history"].append(summary(results, epoch, state["step"], time.monotonic() - run.begun))
+        write_history(state["history"], run.out / "log.jsonl", run.out)
+        run.bar.write(f"epoch {epoch}{', overfit check: the test videos are the training videos' * run.overfit}\n"
+                      + evaluate.table(results))
+        if results["f-mAP@0.5"] > state["best"]:
+            state["best"] = results["f-mAP@0.5"]
+            checkpoint(run, "best.pt")
+    checkpoint(run, "last.pt")
+    return results
+
+
+def report(run, line):
+    """A step's line into log.jsonl and its loss to the progress bar; SystemExit after BAD_STEPS bad ones in a row."""
+    said = "step {step} skipped: loss {loss}, gradient norm {grad_norm} with ".format(**line) + str(line.get("clips"))
+    run.bar.set_postfix_str("epoch {epoch:.2f} loss {loss:.3f} lr {lr:.1e}".format(**line), refresh=False)
+    if run.rank == 0:
+        if line["skipped"]:
+            run.bar.write(said)
+            line |= {name: None for name in ("loss", *PARTS, "grad_norm") if not math.isfinite(line[name])}
+        run.log.write(json.dumps(line) + "\n")
+        run.log.flush()
+    run.bar.update()
+    if run.state["bad"] == BAD_STEPS:
+        raise SystemExit(f"{said}\n{BAD_STEPS} in a row: {run.out / 'last.pt'} holds the weights before them. Look at "
+                         "these clips, or lower the learning rate (--set lr=)")
+
+
+def train(training, run):
     """The loop of steps, checkpoints and evaluations, from the saved step or 0 to the end -> the last results."""
-    clips_per_epoch, steps_per_epoch = epoch_length(len(training), config)
-    total = config.epochs * steps_per_epoch
-    micro_steps = config.batch_size // (world * micro_batch_size(config, world))
-    state = {"step": 0, "evaluated": 0, "best": -1.0, "bad": 0, "seconds": 0.0, "history": []}
-    state |= saved["state"] if saved else {}
-    precision = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings["precision"]]
-    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
-    if saved:
-        scaler.load_state_dict(saved["scaler"])
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    config, settings, state = run.config, run.settings, run.state
+    clips_per_epoch, steps_per_epoch = epoch_length(run.length, config)
+    total, results = config.epochs * steps_per_epoch, None
+    micro_steps = config.batch_size // (run.world * micro_batch_size(config, run.world))
     loader = iter(DataLoader(
         SeededClips(training, settings["seed"]), collate_fn=collate, num_workers=settings["workers"],
-        pin_memory=device.type == "cuda", batch_sampler=micro_batches(
-            state["step"], total, len(training), config, settings["seed"], rank, world)))
-
-    def checkpoint(name):
-        if rank == 0:
-            save(out / name, {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "state": state, "config": asdict(config), "settings": settings, "dataset": training.name,
-                "classes": list(training.class_names), "epoch": state["step"] // steps_per_epoch,
-                "metrics": state["history"][-1] if state["history"] else {}, "processes": world, "code": code})
-
-    code, results, overfit = code_version(), None, set(training.videos) == set(testing.videos)
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        checkpoint("last.pt")
-        (out / "config.json").write_text(json.dumps({**settings, **asdict(config)}, indent=2) + "\n")
-        trim_log(out / "log.jsonl", state["step"])
-        log = open(out / "log.jsonl", "a")
-    bar = tqdm(total=total, initial=state["step"], disable=rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
-    last_saved, begun = time.monotonic(), time.monotonic() - state["seconds"]
+        pin_memory=run.device.type == "cuda", batch_sampler=micro_batches(
+            state["step"], total, run.length, config, settings["seed"], run.rank, run.world)))
+    if run.rank == 0:
+        run.out.mkdir(parents=True, exist_ok=True)
+        checkpoint(run, "last.pt")
+        (run.out / "config.json").write_text(json.dumps({**settings, **asdict(config)}, indent=2) + "\n")
+        trim_log(run.out / "log.jsonl", state["step"])
+        run.log = open(run.out / "log.jsonl", "a")
+    run.bar = tqdm(total=total, initial=state["step"], disable=run.rank > 0,
+                   mininterval=1 if sys.stderr.isatty() else 30)
+    last_saved, run.begun = time.monotonic(), time.monotonic() - state["seconds"]
 
     while True:
-        step = state["step"]
-        epoch, within = divmod(step, steps_per_epoch)
-        if within == 0 and epoch > state["evaluated"] and (epoch % config.eval_every == 0 or step == total):
-            checkpoint("last.pt")           # an evaluation may be left at once: it starts anew from here
-            signals.in_step = False
-            if signals.caught:
-                sys.exit(128 + signals.caught)
-            results = evaluate_now(model, testing, config, settings, device, rank, world, out)
-            state["evaluated"] = epoch
-            if rank == 0:
-                state["history"].append(summary(results, epoch, step, time.monotonic() - begun))
-                write_history(state["history"], out / "log.jsonl", out)
-                note = ", overfit check: the test videos are the training videos" if overfit else ""
-                bar.write(f"epoch {epoch}{note}\n{evaluate.table(results)}")
-                if results["f-mAP@0.5"] > state["best"]:
-                    state["best"] = results["f-mAP@0.5"]
-                    checkpoint("best.pt")
-            checkpoint("last.pt")
-        if step == total:
-            bar.close()
+        epoch, within = divmod(state["step"], steps_per_epoch)
+        if within == 0 and epoch > state["evaluated"] and (epoch % config.eval_every == 0 or epoch == config.epochs):
+            results = end_epoch(run, epoch)
+        if state["step"] == total:
+            run.bar.close()
             return results
-        signals.in_step = True
-
+        run.signals.in_step = True
         started = time.monotonic()
         batches = [next(loader) for _ in range(micro_steps)]
         waited = time.monotonic() - started
-        seed_everything(settings["seed"], 1, step, rank)
-        batches = [prepare(batch, config) for batch in batches]
-        counts = sum(loss_counts(targets, config) for _, _, targets, _ in batches).to(device)
-        if world > 1:
-            dist.all_reduce(counts)
-        learning_rates = rates(step, steps_per_epoch, config)
-        for group, rate in zip(optimizer.param_groups, learning_rates):
-            group["lr"] = rate
-        buffers = [buffer.clone() for buffer in model.buffers()]
-        losses = accumulate(network, batches, counts, config, device, precision, scaler, world)
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        sums = torch.cat([sum(losses), losses[0].new_tensor([signals.caught > 0])])
-        if world > 1:
-            dist.all_reduce(sums)
-        loss, *parts, stop, norm = torch.cat([sums, norm[None]]).tolist()     # waits for the GPU, as matching does
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        # fp16 finds its scale by overflowing: no fault as long as the scale can still be lowered
-        overflow = math.isfinite(loss) and not finite and scaler.is_enabled() and scaler.get_scale() > 1
-        if finite:
-            scaler.step(optimizer)
-        else:
-            for buffer, value in zip(model.buffers(), buffers):     # batch statistics have met what was not finite
-                buffer.copy_(value)
-        scaler.update()
-        optimizer.zero_grad()
-
-        now = time.monotonic()
-        state |= {"step": step + 1, "seconds": now - begun, "bad": 0 if finite else state["bad"] + (not overflow)}
-        line = {"step": step + 1, "epoch": (step + 1) / steps_per_epoch, "loss": loss, **dict(zip(PARTS, parts)),
-                "lr": learning_rates[1], "backbone_lr": learning_rates[0], "grad_norm": norm, "skipped": not finite,
-                "clips_per_s": min(config.batch_size, clips_per_epoch - within * config.batch_size) / (now - started),
-                "data_share": waited / (now - started), "memory_gb": evaluate.memory_gb(device),
-                "eta_minutes": state["seconds"] / (step + 1) * (total - step - 1) / 60}
-        if not finite:
-            line["clips"] = name_clips(batches, losses, world)
-            said = f"step {step + 1} skipped: loss {loss}, gradient norm {norm} with {', '.join(line['clips'])}"
-            line |= {name: None for name in ("loss", *PARTS, "grad_norm") if not math.isfinite(line[name])}
-        if rank == 0:
-            if not finite:
-                bar.write(said)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-        bar.update()
-        bar.set_postfix_str(f"epoch {epoch} loss {loss:.3f} lr {learning_rates[1]:.1e}", refresh=False)
-        if state["bad"] == BAD_STEPS:
-            raise SystemExit(f"{said}\n{BAD_STEPS} in a row: {out / 'last.pt'} holds the weights before them. Look at "
-                             "these clips, or lower the learning rate (--set lr=)")
+        line, stop = train_step(run, batches)
+        now, step = time.monotonic(), state["step"]
+        state["seconds"] = now - run.begun
+        report(run, {
+            "step": step, "epoch": step / steps_per_epoch, **line, "memory_gb": evaluate.memory_gb(run.device),
+            "clips_per_s": min(config.batch_size, clips_per_epoch - within * config.batch_size) / (now - started),
+            "data_share": waited / (now - started), "eta_minutes": state["seconds"] / step * (total - step) / 60})
         if stop or now - last_saved > 60 * settings["save_minutes"]:
-            checkpoint("last.pt")
+            checkpoint(run, "last.pt")
             last_saved = now
         if stop:
-            sys.exit(128 + (signals.caught or signal.SIGTERM))
+            sys.exit(128 + (run.signals.caught or signal.SIGTERM))
+
+
+def prepare_run(model, optimizer, training, testing, config, settings, saved, out, device, rank, world, signals):
+    """All that a run consists of, under one name: what is given, and the scaler, the network that is called and the
+    state (step, history, ...) that a checkpoint holds."""
+    state = {"step": 0, "evaluated": 0, "best": -1.0, "bad": 0, "seconds": 0.0, "history": []}
+    precision = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings["precision"]]
+    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
+    if saved:
+        state |= saved["state"]
+        scaler.load_state_dict(saved["scaler"])
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    return SimpleNamespace(
+        model=model, network=network, optimizer=optimizer, scaler=scaler, precision=precision, config=config,
+        settings=settings, state=state, testing=testing, length=len(training), out=out, device=device, rank=rank,
+        world=world, signals=signals, code=code_version(), overfit=set(training.videos) == set(testing.videos))
 
 
 def main(argv=None):
@@ -551,7 +569,8 @@ def main(argv=None):
         count = sum(parameter.numel() for parameter in model.parameters())
         print(f"{out}: {count:,} parameters, {len(training)} training clips, {world} x {device.type}", said, flush=True)
     try:
-        results = train(model, optimizer, training, testing, config, settings, saved, out, device, rank, world, signals)
+        results = train(training, prepare_run(model, optimizer, training, testing, config, settings, saved, out, device,
+                                              rank, world, signals))
     except OSError as error:
         raise SystemExit(f"train.py: {error}; after mending it go on with --resume {out}")
     except (RuntimeError, MemoryError) as error:

@@ -217,6 +217,32 @@ def draw(model, clips, actors, names, config, device, classes=(), top=3):
             yield np.concatenate(panels, 1)
 
 
+def training_curves(lines, history, parts, path):
+    """A run's curves over its epochs as a picture: loss parts, loss, rate and gradient norm of the steps (lines of
+    log.jsonl), mAP of the evaluations (rows of results.csv)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    stride = max(len(lines) // 500, 1)      # a point of a curve is a mean over so many steps
+    lines = lines[:len(lines) // stride * stride]
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+
+    def points(name):
+        return np.array([line[name] for line in lines]).reshape(-1, stride).mean(axis=1)
+
+    for axes, names in zip(figure.subplots(2, 2).flat, (parts, ("loss",), ("lr", "grad_norm"), ())):
+        for name in names:
+            axes.plot(points("epoch"), points(name), label=name)
+        axes.set(xlabel="epoch", yscale="log" if names else "linear")
+    for name in [name for name in history[0] if "f-mAP" in name or name.endswith("@0.5")]:     # in the last of the four
+        axes.plot([row["epoch"] for row in history], [row[name] for row in history], marker=".", label=name)
+    axes.set(ylim=(0, 1))
+    for axes in figure.axes:
+        axes.legend(fontsize="small", loc="upper right")
+    figure.savefig(path, dpi=80)
+
+
 def attention_sheet(model, dataset, config, path, device, clips=4, actors=10):
     """A PNG with a line for each labelled actor of some clips, at the frame with most labels: the frame, then the class
     attention map of each of its labels, from the query that lies best on it. White: the true box, and what the
@@ -417,8 +443,9 @@ def main(argv=None):
     rate = args.rate or (1 if config.key_frame else rate)
     paths, actors = visualize(model, clips, video, rate, names, config, device, args.out, classes, args.min_score,
                               args.top)
-    print(f"{args.ckpt} is {checkpoint['kind']}\n{video}: {len(actors)} actors, " + (f"{sum(map(len, actors))} tubes; " if actors else
-          f"no score reached {args.min_score}: lower --min-score; ") + "wrote " + ", ".join(map(str, paths)))
+    found = f"{sum(map(len, actors))} tubes" if actors else f"no score reached {args.min_score}: lower --min-score"
+    print(f"{args.ckpt} is {checkpoint['kind']}\n{video}: {len(actors)} actors, {found}; wrote "
+          + ", ".join(map(str, paths)))
 
 
 if __name__ == "__main__":

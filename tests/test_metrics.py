@@ -11,6 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from metrics import ava_map, box_iou, frame_map, link_tubes, video_map  # noqa: E402
+from model import PRESETS  # noqa: E402
+from synthetic import SyntheticDataset  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = SHARED / "golden" / "eval"
@@ -232,6 +234,13 @@ def test_truth_of_jhmdb_scores_one():
              for label, several in truth["gttubes"][video].items() for tube in several]
     assert len(tubes) == 928
     assert_truth_is_perfect(tubes, 21)
+
+
+def test_truth_of_the_synthetic_clips_scores_one():
+    frames, tubes = SyntheticDataset(PRESETS["synthetic"], "val").ground_truth()
+    assert set(frames["label"]) == set(range(9))
+    assert len(frames["frame"]) == sum(len(tube["frames"]) for tube in tubes)
+    assert_truth_is_perfect(tubes, 9)
 
 
 def test_truth_scores_one_and_a_second_box_around_one_annotated_twice_is_false():

@@ -231,6 +231,13 @@ def test_rates_warm_up_by_the_step_then_drop_or_follow_a_cosine():
         train.rates(60, 10, replace(config, schedule="linear"))
 
 
+def test_rates_follow_the_batch_by_the_square_root_where_the_recipe_says_for_which_batch_they_are():
+    config = replace(PRESETS["ucf"], batch_size=32)
+    for step in (0, 15, 50, 170):
+        plain, scaled = train.rates(step, 10, config), train.rates(step, 10, replace(config, lr_batch=8))
+        assert scaled == pytest.approx([2 * rate for rate in plain])
+
+
 def test_the_batch_has_to_divide():
     config = replace(PRESETS["synthetic"], batch_size=16, micro_batch=8)
     assert [train.micro_batch_size(config, world) for world in (1, 2, 4)] == [8, 8, 4]
@@ -383,7 +390,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped(stand_ins, tmp_path):
     clip = nn.utils.clip_grad_norm_
 
     def spoil(parameters, limit):
-        parameters[0].grad[0] = math.inf
+        next(parameter.grad for parameter in parameters if parameter.grad is not None)[0] = math.inf
         return clip(parameters, limit)
 
     stand_ins.setattr(train.nn.utils, "clip_grad_norm_", spoil)

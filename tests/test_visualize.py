@@ -1,7 +1,9 @@
 """visualize.py: pictures whose pixels are known beforehand, from stand-ins that say where the actors are and look."""
 import json
+import re
 from dataclasses import asdict, replace
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -254,3 +256,19 @@ def test_command_line_writes_video_sheet_and_tubes_of_one_s_own_video(tmp_path, 
             assert tube["label"] in NAMES and len(tube["frames"]) == len(tube["boxes"]) >= 4
     with pytest.raises(SystemExit, match="unknown classes fly; .* knows: run, sit, wave"):
         visualize.main([*options, "--classes", "fly"])
+
+
+def test_readme_s_example_gives_boxes_scores_and_attention(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    readme = (Path(visualize.__file__).parent / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    content = {"model": VideoActionDetector(CONFIG).state_dict(), "config": asdict(CONFIG), "dataset": "synthetic",
+               "classes": NAMES}
+    torch.save(content, tmp_path / "UCF.pth")
+    write_video(tmp_path / "in.mp4", 11)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    frames, actors = CONFIG.frames, CONFIG.num_queries
+    assert names["boxes"].shape == (frames, actors, 4) and names["prob"].shape == (frames, actors, 3)
+    assert names["attention"].shape[:3] == (frames, actors, 3)

@@ -1,9 +1,16 @@
-"""Measurements. `python -m tools.benchmark kernel`: deform3d_triton.py against what it replaces, in one call on a GPU.
+"""Measurements: `python -m tools.benchmark kernel`, `scoring` or `step`.
 
-kernel: forward, backward, forward+backward (medians with the 10th and 90th percentile) and peak memory, at the sizes of
-the paper's data sets, against F.grid_sample (eager and compiled), the same kernel unfused, the deterministic path and a
-device copy of the same bytes. Correctness is checked first, against float64; a wrong result ends the run. One table is
-printed and written as JSON.
+scoring: frame mAP, linking and video mAP of as many detections as UCF101-24's test set gives, and AVA's mAP of as many
+as its validation set gives: made up, every query scored for every class. Seconds, and the peak of resident memory.
+
+step: a training step of a preset, phase by phase, at several batch sizes and precisions, with clips/s and peak memory.
+Clips are noise (drawn, for the synthetic preset) with five actors; `loss` has the matching in it, which is also told by
+itself. How long a run waits for its data stands in its log.jsonl (data_share).
+
+kernel: deform3d_triton.py against what it replaces, in one call on a GPU: forward, backward, forward+backward (medians
+with the 10th and 90th percentile) and peak memory, at the sizes of the paper's data sets, against F.grid_sample (eager
+and compiled), the same kernel unfused, the deterministic path and a device copy of the same bytes. Correctness is checked
+first, against float64; a wrong result ends the run. Every command prints one table and writes it as JSON.
 """
 
 # B clips, Q queries, S cells of all levels, M heads, L levels, P points of a level, D channels of a head; (t, h, w)
@@ -13,15 +20,26 @@ import importlib.machinery
 import importlib.util
 import json
 import math
+import os
 import platform
 import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 import deform3d_triton
+import evaluate
+import metrics
+import objective
+import train
+from data import build_dataset, collate
 from deform3d_triton import deform_attn_3d, deform_attn_3d_fused, deform_attn_3d_reference
+from evaluate import AVA_CLASSES, VIDEO_KEY
+from model import PRESETS, VideoActionDetector, override
 
 HEADS, DIM = 8, 32
 # Maps of the clip sizes that the presets train on: frames / 2, then height and width / 4, / 8, / 16, / 32.
@@ -32,6 +50,7 @@ SIZES = {
     "eighth": [(8, 28, 28), (8, 14, 14), (8, 7, 7), (8, 4, 4)],       # an eighth of ucf, Q = S = 8,360: a CPU's default
 }
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # relative L2, levels of up to 64 cells
+PHASES = ("data", "forward", "matching", "loss", "backward", "optimizer")
 COLUMNS = ("size", "points", "dtype", "variant", "forward_ms", "backward_ms", "both_ms", "peak_mb")
 
 
@@ -251,6 +270,149 @@ def kernel(arguments):
     print(f"written: {arguments.out}")
 
 
+def made_up_video(rng, frames, queries, classes):
+    """Boxes that wander, (T, A, 4) in pixels, class probabilities (T, A, C) and confidence (T, A). The first one or two
+    queries are actors of one class, with the better scores -> also their number and their class."""
+    actors, label = int(rng.integers(1, 3)), int(rng.integers(classes))
+    middle = rng.uniform(60, 180, (1, queries, 2)) + rng.normal(0, 2, (frames, queries, 2)).cumsum(0)
+    half = rng.uniform(15, 45, (1, queries, 2))
+    prob = rng.beta(0.3, 3, (frames, queries, classes))
+    prob[:, :actors, label] = rng.beta(4, 2, (frames, actors))
+    conf = rng.beta(0.5, 3, (frames, queries))
+    conf[:, :actors] = rng.beta(6, 2, (frames, actors))
+    return np.concatenate([middle - half, middle + half], 2), prob, conf, actors, label
+
+
+def made_up_set(rng, lengths, queries, classes):
+    """Detections as metrics.link_tubes takes them, ground-truth tubes: the actors' boxes, off by two pixels."""
+    tubes, parts = [], []
+    for video, frames in enumerate(tqdm(lengths.tolist(), "making up", leave=False)):
+        box, prob, conf, actors, label = made_up_video(rng, frames, queries, classes)
+        number = np.arange(1, frames + 1)
+        tubes += [{"video": video, "label": label, "frames": number, "boxes": box[:, one]} for one in range(actors)]
+        noise = rng.normal(0, 2, box.shape)
+        parts.append((np.full(frames * queries, video), number.repeat(queries), (box + noise).reshape(-1, 4),
+                      prob.reshape(-1, classes), conf.ravel()))  # a row a query: (T * A, ...)
+        parts[-1] = [x if x.dtype == np.int64 else x.astype(np.float32) for x in parts[-1]]
+    found = dict(zip(("video", "frame", "box", "class_prob", "conf"), map(np.concatenate, zip(*parts))))
+    return found, tubes
+
+
+def scoring(arguments):
+    """The command `scoring`: see the top of the file."""
+    rng, rows = np.random.default_rng(0), []
+    def timed(name, function):
+        start = time.perf_counter()
+        result = function()
+        seconds, peak = time.perf_counter() - start, evaluate.memory_gb(torch.device("cpu"))
+        rows.append({"what": name, "seconds": seconds, "peak_gb": peak})
+        print(f"{name:60}{seconds:8.1f} s   peak {peak:.2f} GB", flush=True)
+        return result
+    count = max(round(910 * arguments.share), 1)
+    lengths = rng.integers(32, 318, count)                          # of 910 videos: 159,289 frames in all
+    lengths += (159289 * count // 910 - lengths.sum()) // count
+    lengths[-1] += 159289 * count // 910 - lengths.sum()
+    found, truth = made_up_set(rng, lengths, queries=15, classes=24)
+    print(f"{count} videos, {lengths.sum():,} frames, {found['class_prob'].size:,} scored boxes")
+    frames = {"frame": np.concatenate([tube["video"] * VIDEO_KEY + tube["frames"] for tube in truth]),
+              "label": np.concatenate([np.full(len(tube["frames"]), tube["label"]) for tube in truth]),
+              "box": np.concatenate([tube["boxes"] for tube in truth])}
+    scored = {"frame": found["video"] * VIDEO_KEY + found["frame"], "box": found["box"],
+              "scores": found["class_prob"] * found["conf"][:, None]}                               # (n, C)
+    timed("UCF101-24, strict: frame mAP", lambda: metrics.frame_map(scored, frames, 24))
+    tubes = timed("UCF101-24, strict: linking", lambda: metrics.link_tubes(found))
+    timed("UCF101-24, strict: video mAP at 0.2, 0.5, 0.5:0.95", lambda: [
+        metrics.video_map(tubes, truth, 24, iou) for iou in (0.2, 0.5, np.arange(0.5, 1, 0.05))])
+    tubes = timed("UCF101-24, released: linking", lambda: metrics.link_tubes(found, "released"))
+    timed("UCF101-24, released: video mAP at 0.5", lambda: metrics.video_map(tubes, truth, 24))
+    del found, scored, frames, tubes
+    seconds = max(round(57_000 * arguments.share), 1)               # key frames, each a video of one frame
+    found, truth = made_up_set(rng, np.ones(seconds, np.int64), queries=15, classes=80)
+    table = {"video": found["video"] // 897, "timestamp": 902 + found["video"] % 897, "box": found["box"],
+             "scores": found["class_prob"]}
+    own = np.array([tube["video"] for tube in truth])
+    labels = np.array([tube["label"] for tube in truth]) + 1
+    truth = {"video": own // 897, "timestamp": 902 + own % 897, "label": labels,
+             "box": np.concatenate([tube["boxes"] for tube in truth])}
+    timed(f"AVA: mAP of {seconds:,} key frames x 15 x 60, cap of 50", lambda: metrics.ava_map(table, truth, AVA_CLASSES))
+    Path(arguments.out).write_text(json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=1))
+    print(f"written: {arguments.out}")
+
+
+def made_up_batch(config, batch, start):
+    """A batch as train.prepare wants it: the synthetic preset's own clips, or noise with up to five actors a frame."""
+    if config.num_classes == 9:
+        dataset = build_dataset("synthetic", None, "train", config, train=True)
+        return collate([dataset[index] for index in range(start, start + batch)])
+    frames, actors, size = 1 if config.key_frame else config.frames, min(config.num_queries, 5), config.crop_size
+    boxes = torch.cat([torch.rand(actors, 1, 2) * 0.6 + 0.2, torch.full((actors, 1, 2), 0.3)], 2).expand(-1, frames, -1)
+    labels = F.one_hot(torch.randint(config.num_classes, (actors, 1)), config.num_classes).float().expand(-1, frames, -1)
+    target = {"boxes": boxes, "labels": labels, "present": torch.ones(actors, frames, dtype=torch.bool),
+              "frames": torch.ones(frames, dtype=torch.bool), "frame_ids": torch.arange(frames), "video": "noise"}
+    clips = torch.randn(batch, 3, config.frames, size, size)
+    return clips, torch.zeros(batch, config.frames, size, size, dtype=torch.bool), [target] * batch
+
+
+def time_step(config, batch, precision, compiled, runs, device):
+    """-> {phase: median milliseconds}, "clips_per_s" and "peak_gb" of training steps after two to warm up."""
+    torch.manual_seed(0)
+    model = VideoActionDetector(config).to(device).train()
+    if compiled:
+        model.backbone.compile()
+        model.decoder.compile()
+    optimizer, times = train.make_optimizer(model, config), {phase: [] for phase in PHASES}
+    def timed(phase, function):
+        started = time.perf_counter()
+        result = function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times[phase].append((time.perf_counter() - started) * 1000)
+        return result
+    def forward(clips, mask, frames):
+        with torch.autocast(device, getattr(torch, precision), enabled=precision != "float32"):
+            return model(clips, mask, frames=frames)
+    def update():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for run in range(runs + 2):
+        made = timed("data", lambda: made_up_batch(config, batch, run * batch))
+        clips, mask, targets, frames = train.prepare(made, config)
+        clips = clips.to(device)
+        outputs = timed("forward", lambda: forward(clips, mask, frames))
+        timed("matching", lambda: objective.match(outputs, targets, config))
+        loss, _ = timed("loss", lambda: objective.detection_loss(outputs, targets, config))
+        timed("backward", loss.backward)
+        timed("optimizer", update)
+    row = {phase: statistics.median(values[2:]) for phase, values in times.items()}
+    whole = sum(row[phase] for phase in ("forward", "loss", "backward", "optimizer"))
+    return row | {"clips_per_s": 1000 * batch / whole, "peak_gb": evaluate.memory_gb(torch.device(device))}
+
+
+def step(arguments):
+    """The command `step`: see the top of the file."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = override(PRESETS[arguments.preset], arguments.set)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{arguments.preset} on {name}, torch {torch.__version__}; milliseconds, medians of {arguments.runs} steps")
+    columns = ("batch", "precision", *PHASES, "clips_per_s", "peak_gb")
+    print(*(column.rjust(11) for column in columns), flush=True)
+    plans = [(batch, precision) for precision in arguments.precisions for batch in arguments.batches]
+    rows = []
+    while plans:
+        batch, precision = plans.pop(0)
+        dtype, _, compiled = precision.partition("+")
+        row = {"batch": batch, "precision": precision}
+        rows.append(row | time_step(config, batch, dtype, bool(compiled), arguments.runs, device))
+        print(*(f"{x:.1f}".rjust(11) if isinstance(x, float) else str(x).rjust(11) for x in rows[-1].values()), flush=True)
+        if arguments.largest and not plans and rows[-1]["peak_gb"] < arguments.largest:
+            plans = [(batch + 1, precision)]    # larger and larger, until it no longer fits
+    Path(arguments.out).write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=1))
+    print(f"written: {arguments.out}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -264,6 +426,20 @@ def main():
     command.add_argument("--sweep", action="store_true", help="also time the kernel with other tiles (GPU)")
     command.add_argument("--out", default="benchmark_kernel.json", help="where the table goes as JSON")
     command.set_defaults(run=kernel)
+    command = commands.add_parser("scoring", help="frame mAP, linking, video mAP, AVA's mAP: seconds and memory")
+    command.add_argument("--share", type=float, default=1.0, help="of the videos; 1: as many as the data sets have")
+    command.add_argument("--out", default="benchmark_scoring.json", help="where the table goes as JSON")
+    command.set_defaults(run=scoring)
+    command = commands.add_parser("step", help="a training step: data, forward, matching, loss, backward, optimizer")
+    command.add_argument("--preset", choices=PRESETS, default="synthetic")
+    command.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change fields of its Config")
+    command.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4], help="clips of a step")
+    command.add_argument("--precisions", nargs="+", default=["float32"],
+                         choices=["float32", "bfloat16", "bfloat16+compile"])
+    command.add_argument("--largest", type=float, metavar="GB", help="go on with larger batches up to this memory")
+    command.add_argument("--runs", type=int, default=5, help="timed steps of each")
+    command.add_argument("--out", default="benchmark_step.json", help="where the table goes as JSON")
+    command.set_defaults(run=step)
     arguments = parser.parse_args()
     arguments.run(arguments)
 
