@@ -1,4 +1,9 @@
-"""Measurements: `python -m tools.benchmark kernel`, `scoring` or `step`.
+"""Measurements: `python -m tools.benchmark forward`, `gate`, `kernel`, `scoring` or `step`.
+
+forward: a clip through a preset, stage by stage: seconds, multiply-adds a second beside those of a 4096^3 matmul, and
+the peak of memory above what the weights take.
+
+gate: f-mAP, v-mAP, multiply-adds and time of a checkpoint on its test clips, for several confidence gates.
 
 scoring: frame mAP, linking and video mAP of as many detections as UCF101-24's test set gives, and AVA's mAP of as many
 as its validation set gives: made up, every query scored for every class. Seconds, and the peak of resident memory.
@@ -16,6 +21,7 @@ first, against float64; a wrong result ends the run. Every command prints one ta
 # B clips, Q queries, S cells of all levels, M heads, L levels, P points of a level, D channels of a head; (t, h, w)
 
 import argparse
+import collections
 import importlib.machinery
 import importlib.util
 import json
@@ -29,6 +35,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import deform3d_triton
@@ -339,6 +347,79 @@ def scoring(arguments):
     print(f"written: {arguments.out}")
 
 
+def multiply_adds(function):
+    """What a call multiplies and adds, the sampling op apart, counted with attention in its plain form."""
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return evaluate.counted_multiply_adds(counter)
+
+
+def time_stages(model, clip, device):
+    """Seconds of one forward pass: {"all", "backbone", "encoder", "localizing", "classifying"}."""
+    seconds, hooks = collections.Counter(), []
+    def now():
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+    stages = {"backbone": [model.backbone, model.neck], "encoder": [model.encoder],
+              "localizing": model.decoder.localizing, "classifying": model.decoder.classifying}
+    for name, modules in stages.items():
+        for module in modules:
+            hooks.append(module.register_forward_pre_hook(lambda *_, name=name: seconds.update({name: -now()})))
+            hooks.append(module.register_forward_hook(lambda *_, name=name: seconds.update({name: now()})))
+    started = now()
+    model(clip)
+    seconds["all"] = now() - started
+    for hook in hooks:
+        hook.remove()
+    return seconds
+
+
+def forward(arguments):
+    """The command `forward`: see the top of the file."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = override(PRESETS[arguments.preset], arguments.set)
+    model = VideoActionDetector(config).to(device).eval().requires_grad_(False)
+    clip = torch.randn(1, 3, config.frames, *arguments.size, device=device)
+    left, right = torch.randn(2, 4096, 4096, device=device)
+    matmul = 4096 ** 3 / measure(lambda: left @ right, 5, device)[1] * 1000
+    del left, right
+    with torch.inference_mode():
+        model(clip)
+        rows = [time_stages(model, clip, device) for _ in range(arguments.runs)]
+        peak = peak_memory(lambda: model(clip), device)
+    count = multiply_adds(lambda: model(clip))
+    median = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    result = {"preset": arguments.preset, "clip": list(clip.shape[2:]), "threads": torch.get_num_threads(),
+              "seconds": median, "multiply_adds": count, "share_of_matmul": count / median["all"] / matmul,
+              "matmul_multiply_adds_per_s": matmul, "peak_mb_above_weights": peak}
+    print(json.dumps(result, indent=1))
+    Path(arguments.out).write_text(json.dumps(result, indent=1))
+
+
+def gate(arguments):
+    """The command `gate`: see the top of the file."""
+    device, rows = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
+    split = int(arguments.split) if arguments.split.isdigit() else arguments.split
+    for value in arguments.gates:
+        model, config, checkpoint = evaluate.load_model(arguments.ckpt, [f"gate={value}"], device)
+        dataset = build_dataset(checkpoint["dataset"], arguments.data, split, config, train=False)
+        def detect(share=1.0):
+            return evaluate.detect(model, dataset, config, device, share)
+        detect(0.1)
+        started = time.perf_counter()
+        found = detect()
+        seconds = time.perf_counter() - started
+        results = evaluate.score(found, dataset, config)
+        rows.append({"gate": value, "actors_classified": float((found["class_prob"] > 0).any(1).mean()),
+                     **{name: ap for name, ap in results.items() if "mAP@" in name},
+                     "giga_multiply_adds": multiply_adds(lambda: detect(0.1)) / 1e9 * 10, "seconds": seconds})
+        if value == arguments.gates[0]:
+            print(*(name.rjust(18) for name in rows[0]))
+        print(*(f"{x:.4f}".rjust(18) for x in rows[-1].values()), flush=True)
+    Path(arguments.out).write_text(json.dumps({"ckpt": arguments.ckpt, "rows": rows}, indent=1))
+
+
 def made_up_batch(config, batch, start):
     """A batch as train.prepare wants it: the synthetic preset's own clips, or noise with up to five actors a frame."""
     if config.num_classes == 9:
@@ -426,6 +507,20 @@ def main():
     command.add_argument("--sweep", action="store_true", help="also time the kernel with other tiles (GPU)")
     command.add_argument("--out", default="benchmark_kernel.json", help="where the table goes as JSON")
     command.set_defaults(run=kernel)
+    command = commands.add_parser("forward", help="a clip through a preset: seconds by stage, speed, memory")
+    command.add_argument("--preset", choices=PRESETS, default="ucf")
+    command.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change fields of its Config")
+    command.add_argument("--size", nargs=2, type=int, default=[224, 224], metavar=("H", "W"))
+    command.add_argument("--runs", type=int, default=3)
+    command.add_argument("--out", default="benchmark_forward.json", help="where the result goes as JSON")
+    command.set_defaults(run=forward)
+    command = commands.add_parser("gate", help="the confidence gate: mAP, multiply-adds and time of a checkpoint")
+    command.add_argument("--ckpt", required=True)
+    command.add_argument("--data", help="the data set's folder (synthetic has none)")
+    command.add_argument("--split", default="val", help="the data set's test split")
+    command.add_argument("--gates", nargs="+", type=float, default=[0, 0.001, 0.01, 0.05, 0.1])
+    command.add_argument("--out", default="benchmark_gate.json", help="where the table goes as JSON")
+    command.set_defaults(run=gate)
     command = commands.add_parser("scoring", help="frame mAP, linking, video mAP, AVA's mAP: seconds and memory")
     command.add_argument("--share", type=float, default=1.0, help="of the videos; 1: as many as the data sets have")
     command.add_argument("--out", default="benchmark_scoring.json", help="where the table goes as JSON")
