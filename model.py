@@ -125,7 +125,7 @@ PRESETS = {
         decoder_layers=2, dim=64, num_heads=4, num_levels=2, num_points=2, grid_level=0, dim_feedforward=256,
         dropout=0.0, logit_dropout=0.0, conv_blocks=1, backbone="conv", initialisation="small", quirks=(),
         loss_class=16.0, deep_supervision=True, jitter_hue=0, jitter_saturation=0, permute_colours=True, batch_size=16,
-        micro_batch=8, epochs=10, clips_per_epoch=1680, train_frames=2, drop_epochs=(8,), warmup_epochs=0.5, warmup_lr=0.0,
+        micro_batch=8, epochs=10, clips_per_epoch=1760, train_frames=2, drop_epochs=(9,), warmup_epochs=0.5, warmup_lr=0.0,
         lr=1e-3, backbone_lr=3e-3, weight_decay=1e-2, adam_beta2=0.98, clip_norm=1.0, eval_every=10),
 }
 

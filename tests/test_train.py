@@ -533,7 +533,7 @@ def test_two_ranks_train_as_one_process_does(stand_ins, start, tmp_path):
 def test_killed_at_random_moments_and_resumed_the_weights_are_those_of_an_uninterrupted_run(stand_ins, start, tmp_path):
     settings = ["train_frames=2", "dropout=0.3", "conv_blocks=2", "epochs=10", "eval_every=5"]
     whole, out, chance = run(tmp_path / "whole", settings=settings), tmp_path / "cut", random.Random()
-    steps = sorted(chance.sample(range(1, 28), 3))
+    steps = sorted(chance.sample(range(1, 28), int(os.environ.get("KILLS", 3))))       # KILLS=20: some two minutes
     print("killed after", steps)
     for number, step in enumerate(steps):
         process = start(out, *(["--resume"] if number else []), "--save-minutes", "0", settings=settings, DELAY="0.01")
