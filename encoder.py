@@ -20,6 +20,8 @@ from torch import nn
 
 from deform3d_triton import deform_attn_3d_fused
 
+PIECE = 16384  # queries whose samples and hidden units are held at once where no gradient is wanted
+
 
 def position_table(padding, channels, frequencies, num_groups=1, centred=False):
     """Sine position table of a map: padding (B, T, H, W), True on padding -> (B, T, H, W, sum of channels).
@@ -99,8 +101,17 @@ class DeformableLayer(nn.Module):
         [(T_l, H_l, W_l), ...]; cells (Q,) names those that are encoded, all of them if None. Returns (B, Q, D)."""
         value = self.value_proj(x).masked_fill(padding[..., None], 0.0)
         value = value.unflatten(-1, (self.sizes[0], -1))                                 # (B, S, M, D/M)
+        of_queries = x, positions, references
         if cells is not None:
-            x, positions, references = x[:, cells], positions[:, cells], references[:, cells]
+            of_queries = [part[:, cells] for part in of_queries]
+        if torch.is_grad_enabled():
+            return self.encode(value, shapes, *of_queries)
+        pieces = zip(*(part.split(PIECE, dim=1) for part in of_queries))
+        return torch.cat([self.encode(value, shapes, *piece) for piece in pieces], dim=1)
+
+    def encode(self, value, shapes, x, positions, references):
+        """Some queries x (B, Q, D), of positions (B or 1, Q, D) and references (B or 1, Q, L, 3), against the values
+        (B, S, M, D/M) of all cells -> (B, Q, D)."""
         query = x + positions
         with torch.autocast(x.device.type, enabled=False):  # float32 island: an offset of 4 cells in bf16 steps by 1/32
             offsets = self.sampling_offsets(query.float())

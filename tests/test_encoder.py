@@ -106,6 +106,20 @@ def test_a_layer_against_loops_over_cells_and_points(offset_axes):
         assert torch.allclose(layer(x, positions, padding, references, shapes, cells), expected[:, cells], atol=1e-5)
 
 
+def test_without_gradients_queries_are_encoded_in_pieces_to_the_same_result(monkeypatch):
+    monkeypatch.setattr("encoder.PIECE", 7)
+    shapes, seen = [(2, 3, 2), (1, 2, 2)], []
+    layer = DeformableLayer(8, 2, 2, 2, 16, 0.0, False)
+    layer.linear1.register_forward_hook(lambda module, inputs, out: seen.append(out.shape[1]))
+    x, positions = torch.randn(2, 16, 8), torch.randn(1, 16, 8)
+    paddings = [padding_of(2, 3, 2, 2, 2), padding_of(1, 2, 2, 2, 1)]
+    rest = torch.cat([p.flatten(1) for p in paddings], 1), cell_references(paddings), shapes
+    expected = layer(x, positions, *rest)
+    with torch.no_grad():
+        assert torch.allclose(layer(x, positions, *rest), expected, atol=1e-6)
+    assert seen == [16, 7, 7, 2]
+
+
 def test_only_the_time_steps_asked_for_are_encoded_in_the_last_layer():
     encoder = DeformableEncoder(2, 8, 2, 2, 1, 16, 0.0, False)
     torch.nn.init.normal_(encoder.level_embed)
