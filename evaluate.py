@@ -159,7 +159,7 @@ def score(detections, dataset, config, protocol="strict"):
         kept = set(kept.tolist())
         tubes = [tube for tube in tubes if tube["video"] in kept]
         boxes = {name: detections[name] for name in ROWS}
-        linked = metrics.link_tubes(boxes, protocol, min_length=shortest_tube(config))
+        linked = metrics.link_tubes(boxes, protocol, config.link_score, min_length=shortest_tube(config))
         for name, threshold in TUBE_THRESHOLDS.items():
             results[name] = metrics.video_map(linked, tubes, len(names), threshold, protocol)
     boxes = np.bincount(frames["label"], minlength=len(names))

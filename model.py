@@ -58,6 +58,7 @@ class Config:
     drop_path: float = 0.2              # stochastic depth of the ViT, linear over its depth
     key_frame: bool = False             # only frame T // 2 is decoded (AVA)
     gate: float = 0.0                   # test time: actors below this confidence skip the classifying layers (0: none does)
+    link_score: float = 0.0             # boxes that score less are not linked into tubes (0: all are, as in the benchmarks)
     initialisation: str = "paper"       # "paper" (SPEC.md) or "small" (SYNTHETIC.md: what a small model needs)
     quirks: tuple = QUIRKS              # names of the released model's departures that are in force
     checkpoint_backbone: bool = False   # recompute the backbone's blocks in the backward pass to save memory
