@@ -381,8 +381,9 @@ def forward(arguments):
     config = override(PRESETS[arguments.preset], arguments.set)
     model = VideoActionDetector(config).to(device).eval().requires_grad_(False)
     clip = torch.randn(1, 3, config.frames, *arguments.size, device=device)
-    left, right = torch.randn(2, 4096, 4096, device=device)
-    matmul = 4096 ** 3 / measure(lambda: left @ right, 5, device)[1] * 1000
+    side = arguments.matmul
+    left, right = torch.randn(2, side, side, device=device)
+    matmul = side ** 3 / measure(lambda: left @ right, 5, device)[1] * 1000
     del left, right
     with torch.inference_mode():
         model(clip)
@@ -403,6 +404,7 @@ def gate(arguments):
     split = int(arguments.split) if arguments.split.isdigit() else arguments.split
     for value in arguments.gates:
         model, config, checkpoint = evaluate.load_model(arguments.ckpt, [f"gate={value}"], device)
+        model.requires_grad_(False)     # or the counter looks for their graph
         dataset = build_dataset(checkpoint["dataset"], arguments.data, split, config, train=False)
         def detect(share=1.0):
             return evaluate.detect(model, dataset, config, device, share)
@@ -512,6 +514,7 @@ def main():
     command.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change fields of its Config")
     command.add_argument("--size", nargs=2, type=int, default=[224, 224], metavar=("H", "W"))
     command.add_argument("--runs", type=int, default=3)
+    command.add_argument("--matmul", type=int, default=4096, help="side of the square matrices to compare with")
     command.add_argument("--out", default="benchmark_forward.json", help="where the result goes as JSON")
     command.set_defaults(run=forward)
     command = commands.add_parser("gate", help="the confidence gate: mAP, multiply-adds and time of a checkpoint")
