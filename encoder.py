@@ -58,6 +58,27 @@ def small_frequencies(n):
     return torch.logspace(math.log10(2.0), math.log10(0.1), n // 2).repeat_interleave(2)
 
 
+class OrdinaryLayer(nn.Module):
+    """Table 1's alternative: every cell looks at every cell of one map, add & norm, feed-forward, add & norm. Called as
+    `DeformableLayer` is."""
+
+    def __init__(self, dim, num_heads, dim_feedforward, dropout):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
+        self.norm1 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, dim_feedforward)
+        self.linear2 = nn.Linear(dim_feedforward, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, positions, padding, references, shapes, cells=None):
+        keys, padding = x + positions, padding.expand(len(x), -1)
+        queries, asked = (keys, x) if cells is None else (keys[:, cells], x[:, cells])   # (B, Q, D)
+        attended = self.attention(queries, keys, x, key_padding_mask=padding, need_weights=False)[0]
+        x = self.norm1(asked + self.dropout(attended))
+        return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+
+
 class DeformableLayer(nn.Module):
     """Multi-scale deformable self-attention, add & norm, feed-forward, add & norm. (B, S, D) -> the same.
 
@@ -147,19 +168,23 @@ class DeformableEncoder(nn.Module):
     L x (B or 1, T_l, H_l, W_l, D) -> encoded maps, L x (B, T_l, H_l, W_l, D).
 
     steps: per level, bool (T_l,): the time steps that are asked for. The last layer encodes no others, and T_l counts
-    these in what it returns.
+    these in what it returns. ordinary: `OrdinaryLayer`s in place of deformable ones, for a single level.
     """
 
-    def __init__(self, num_layers, dim, num_heads, num_levels, num_points, dim_feedforward, dropout, offset_axes):
+    def __init__(self, num_layers, dim, num_heads, num_levels, num_points, dim_feedforward, dropout, offset_axes,
+                 ordinary=False):
         super().__init__()
         self.level_embed = nn.Parameter(torch.empty(num_levels, dim))
-        self.layers = nn.ModuleList([DeformableLayer(dim, num_heads, num_levels, num_points, dim_feedforward, dropout,
-                                                     offset_axes) for _ in range(num_layers)])
+        self.layers = nn.ModuleList([
+            OrdinaryLayer(dim, num_heads, dim_feedforward, dropout) if ordinary else
+            DeformableLayer(dim, num_heads, num_levels, num_points, dim_feedforward, dropout, offset_axes)
+            for _ in range(num_layers)])
 
     def initialise(self):
         nn.init.normal_(self.level_embed)
         for layer in self.layers:
-            layer.initialise()
+            if isinstance(layer, DeformableLayer):
+                layer.initialise()
 
     def forward(self, maps, paddings, tables, steps):
         shapes = [tuple(x.shape[2:]) for x in maps]

@@ -19,13 +19,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbone import CSN152, CSNNeck, ConvNeck, ConvStem, ViT, ViTNeck, load_backbone, open_checkpoint  # noqa: F401
-from decoder import Decoder
+from decoder import Decoder, OneMapDecoder
 from encoder import DeformableEncoder, paper_frequencies, position_table, small_frequencies, time_weights, to_common_grid
 
 # The names of SPEC.md's quirks: where the released model departs from the paper's words. The four paper
 # presets have all of them (the paper's tables were made with them), the synthetic preset has none.
 QUIRKS = ("position_pairs", "offset_axes", "grid_edge", "anchor_before_norm", "three_way_confidence", "shared_block",
           "bare_output", "split_heads", "unmasked_padding", "unused_tensors")
+
+CHOICES = {"backbone": ("vit", "csn152", "conv"), "encoder": ("deformable3d", "transformer"),
+           "decoder": ("ldl+cdl", "ldl", "detr"), "aggregation": ("actor", "weighted", "mean"),
+           "combine": ("sum", "concat", "cross-attention", "self-attention"), "schedule": ("step", "cosine")}
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class Config:
     link_score: float = 0.0             # boxes that score less are not linked into tubes (0: all are, as in the benchmarks)
     initialisation: str = "paper"       # "paper" (SPEC.md) or "small" (SYNTHETIC.md: what a small model needs)
     quirks: tuple = QUIRKS              # names of the released model's departures that are in force
+    encoder: str = "deformable3d"       # or "transformer": ordinary, on the map of grid_level alone (Table 1)
+    decoder: str = "ldl+cdl"            # or "ldl": classes by a linear head; "detr": DETR's (Table 1)
+    aggregation: str = "actor"          # how levels make an actor's map: or "weighted", "mean" (Table 2)
+    class_position: bool = True         # class queries have the actor positional query (Table 3)
+    combine: str = "sum"                # actor and context: or "concat", "cross-attention", "self-attention" (Table 4)
     checkpoint_backbone: bool = False   # recompute the backbone's blocks in the backward pass to save memory
     checkpoint_classifier: bool = False # the same for the classifying layers
     # the objective
@@ -102,6 +111,9 @@ class Config:
         unknown = set(self.quirks) - set(QUIRKS)
         if unknown:
             raise ValueError(f"unknown quirks {sorted(unknown)}; there are: {', '.join(QUIRKS)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r}; there are: {', '.join(choices)}")
 
     @property
     def released(self):
@@ -176,39 +188,58 @@ class VideoActionDetector(nn.Module):
             self.neck = ViTNeck(config.vit_width, dim)
         elif config.backbone == "csn152":
             self.backbone, self.neck = CSN152(config.checkpoint_backbone), CSNNeck(dim)
-        elif config.backbone == "conv":
-            self.backbone, self.neck = ConvStem(), ConvNeck(dim)
         else:
-            raise ValueError(f"backbone {config.backbone!r}: there are 'vit', 'csn152' and 'conv'")
-        self.encoder = DeformableEncoder(config.encoder_layers, dim, config.num_heads, config.num_levels, config.num_points,
-                                         config.dim_feedforward, config.dropout, "offset_axes" in config.quirks)
+            self.backbone, self.neck = ConvStem(), ConvNeck(dim)
+        self.levels = range(config.num_levels)
+        if config.encoder == "transformer":  # what makes the other levels is not there
+            self.levels = range(config.grid_level, config.grid_level + 1)
+            if config.backbone == "conv":
+                del self.backbone.stages[3 + config.grid_level:]
+            for level in set(range(len(self.neck))) - set(self.levels):
+                self.neck[level] = nn.Identity()
+        self.encoder = DeformableEncoder(config.encoder_layers, dim, config.num_heads, len(self.levels), config.num_points,
+                                         config.dim_feedforward, config.dropout, "offset_axes" in config.quirks,
+                                         config.encoder == "transformer")
         self.frequencies = small_frequencies if small else \
             partial(paper_frequencies, pairs_differ="position_pairs" in config.quirks)
-        self.decoder = Decoder(
-            config.decoder_layers, dim, config.num_heads, config.num_levels, config.dim_feedforward, config.dropout,
-            config.num_queries, 1 if config.key_frame else config.frames, config.num_classes, config.conv_blocks,
-            config.logit_dropout, config.checkpoint_classifier,
-            frequencies=small_frequencies(dim // 2) if small else paper_frequencies(dim // 2),
-            num_groups=config.num_heads if small else 1, quirks=config.quirks)
+        frames = 1 if config.key_frame else config.frames
+        if config.decoder == "detr":
+            self.decoder = OneMapDecoder(config.decoder_layers, dim, config.num_heads, config.dim_feedforward, config.dropout,
+                                         config.num_queries, frames, config.num_classes)
+        else:
+            self.decoder = Decoder(
+                config.decoder_layers, dim, config.num_heads, len(self.levels), config.dim_feedforward, config.dropout,
+                config.num_queries, frames, config.num_classes, config.conv_blocks, config.logit_dropout,
+                config.checkpoint_classifier,
+                frequencies=small_frequencies(dim // 2) if small else paper_frequencies(dim // 2),
+                num_groups=config.num_heads if small else 1, quirks=config.quirks,
+                class_queries=config.decoder == "ldl+cdl", aggregation=config.aggregation,
+                class_position=config.class_position, combine=config.combine)
         self.actor_embed = nn.Parameter(0.5 * torch.randn(config.num_queries, dim)) if small else None
         self.initialise()
 
     @torch.no_grad()
     def initialise(self):
         """SPEC.md's initialisation; with Config.initialisation "small" what SYNTHETIC.md found that a small model needs."""
-        decoder = self.decoder
+        decoder, small = self.decoder, self.config.initialisation == "small"
         for part in (self.encoder, decoder):
             for parameter in part.parameters():
                 if parameter.dim() > 1:
                     nn.init.xavier_uniform_(parameter)
         self.encoder.initialise()
+        if small and decoder.class_head is not None:
+            nn.init.constant_(decoder.class_head.bias, -2.0)
+        if self.config.decoder == "detr":
+            nn.init.normal_(decoder.query_positions)
+            return
         nn.init.normal_(decoder.anchors)
         nn.init.zeros_(decoder.box_head.layers[-1].weight)
         nn.init.zeros_(decoder.box_head.layers[-1].bias)
-        if self.config.initialisation == "small":
-            nn.init.normal_(decoder.class_queries)
-            nn.init.normal_(decoder.class_norm.weight, std=3.0)  # the mean of a LayerNorm of weight 1 has no gradient
-            nn.init.constant_(decoder.class_norm.bias, -2.0)
+        if small:
+            if decoder.class_head is None:
+                nn.init.normal_(decoder.class_queries)
+                nn.init.normal_(decoder.class_norm.weight, std=3.0)  # the mean of a LayerNorm of weight 1 has no gradient
+                nn.init.constant_(decoder.class_norm.bias, -2.0)
             angle = 2 * torch.pi * (torch.arange(decoder.num_queries - 1) + 0.5) / max(1, decoder.num_queries - 1)
             ring = torch.stack([0.5 + 0.45 * angle.cos(), 0.5 + 0.28 * angle.sin()], dim=-1)
             grid = torch.cat([torch.full((1, 2), 0.5), ring])     # one in the middle, the others around it
@@ -232,7 +263,7 @@ class VideoActionDetector(nn.Module):
         small = self.config.initialisation == "small"
         of_axes = partial(position_table, frequencies=self.frequencies, num_groups=groups, centred=small)
         tables = [of_axes(padding, (dim // 4, 3 * dim // 8, 3 * dim // 8)) for padding in paddings]
-        level = self.config.grid_level
+        level = self.levels.index(self.config.grid_level)
         keys = of_axes(paddings[level], (0, dim // 2, dim // 2)) if small else tables[level]  # laid out as the anchors are
         return tables, keys
 
@@ -254,6 +285,7 @@ class VideoActionDetector(nn.Module):
         elif frames is None:
             frames = torch.arange(length)
         maps = self.neck(self.backbone(clips))
+        maps = [maps[level] for level in self.levels]
         paddings = self.level_paddings(padding_mask, maps)                                        # L x (B or 1, T', H, W)
         tables, keys = self.tables(paddings)
         if config.initialisation == "small":  # the convolutional stem knows no places
@@ -262,11 +294,11 @@ class VideoActionDetector(nn.Module):
         times = time_weights(maps, length, frames, grid_edge)                                     # L x (T, T')
         steps = [(time != 0).any(0) for time in times]
         encoded = self.encoder(maps, paddings, tables, steps)
-        padding = paddings[config.grid_level]
+        padding = paddings[self.levels.index(config.grid_level)]
         memory = to_common_grid(encoded, padding.shape[2:], [time[:, step] for time, step in zip(times, steps)], grid_edge)
         rows = frames % padding.shape[1]  # the T' rows of the table, tiled over T
         keys, padding = (part[:, rows].expand(batch, *[-1] * (part.dim() - 1)).flatten(0, 1) for part in (keys, padding))
-        anchors = self.decoder.anchors.sigmoid().view(config.num_queries, -1, 4).transpose(0, 1)  # (T, A, 4)
+        anchors = self.decoder.places().unflatten(0, (config.num_queries, -1)).transpose(0, 1)    # (T, A, 4)
         anchors = anchors if config.key_frame else anchors[frames]
         anchors = anchors.expand(batch, -1, -1, -1).flatten(0, 1)                                 # (F, A, 4)
         actors = memory.new_zeros(config.num_queries, config.dim) if self.actor_embed is None else self.actor_embed

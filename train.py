@@ -187,10 +187,8 @@ def rates(step, steps_per_epoch, config):
                      for lr in (config.backbone_lr, config.lr))
     if config.schedule == "cosine":
         factor = (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1))) / 2
-    elif config.schedule == "step":
-        factor = 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.drop_epochs)
     else:
-        raise ValueError(f"schedule {config.schedule!r}; there are: step, cosine")
+        factor = 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.drop_epochs)
     return config.backbone_lr * factor * scale, config.lr * factor * scale
 
 

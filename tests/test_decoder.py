@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import decoder as decoder_module
-from decoder import ClassifyingLayer, Decoder, LocalizingLayer, anchor_embedding, inverse_sigmoid, join_yx
+from decoder import (ClassifyingLayer, Decoder, LocalizingLayer, OneMapDecoder, anchor_embedding, inverse_sigmoid,
+                     join_yx)
 from encoder import paper_frequencies, small_frequencies
 from model import QUIRKS
 
@@ -68,7 +69,7 @@ def test_localizing_cross_attention_head_by_head(first):
     padding, levels = torch.zeros(3, 8, dtype=torch.bool), torch.rand(3, 2, 2)
     padding[1, 5:] = True
     with torch.no_grad():
-        attended = layer.cross_attention(x, box, place, memory, levels, keys, padding)
+        attended, maps = layer.cross_attention(x, box, place, memory, levels, keys, padding)
         for frame in range(3):
             for actor in range(2):
                 own = layer.context_norm(sum(levels[frame, actor, level] * memory[frame, level] for level in range(2)))
@@ -78,11 +79,14 @@ def test_localizing_cross_attention_head_by_head(first):
                     query = query + layer.cross_query_box(box[frame, actor])
                     content = content + position
                 where, value = layer.cross_query_position(place[frame, actor]), layer.cross_value(own)
-                heads = []
+                heads, mean = [], torch.zeros(8)
                 for part in (slice(4 * h, 4 * h + 4) for h in range(4)):
                     key = torch.cat([content[:, part], position[:, part]], -1)
                     logits = key @ torch.cat([query[part], where[part]]) / math.sqrt(8)
-                    heads.append(logits.masked_fill(padding[frame], -math.inf).softmax(-1) @ value[:, part])
+                    weights = logits.masked_fill(padding[frame], -math.inf).softmax(-1)
+                    heads.append(weights @ value[:, part])
+                    mean += weights / 4
+                assert torch.allclose(maps[frame, actor], mean, atol=1e-6)
                 assert torch.allclose(attended[frame, actor], layer.cross_output(torch.cat(heads)), atol=1e-5)
 
 
@@ -130,8 +134,83 @@ def test_shared_block_is_one_block_applied_as_often():
         block.load_state_dict(shared.blocks[0].state_dict())
     for name in ("actor_linear1", "actor_linear2", "actor_norm", "context_norm"):
         getattr(own, name).load_state_dict(getattr(shared, name).state_dict())
-    actor, context = torch.randn(2, 16), torch.randn(2, 8, 16)
-    assert torch.allclose(shared.interaction(actor, context, (2, 4)), own.interaction(actor, context, (2, 4)))
+    arguments = torch.randn(2, 16), torch.randn(2, 8, 16), (2, 4), torch.zeros(2, 8, dtype=torch.bool)
+    assert torch.allclose(shared.interaction(*arguments), own.interaction(*arguments))
+
+
+def test_levels_are_mixed_by_the_actor_or_alike_for_all():
+    x = torch.randn(2, 3, 16)
+    for kind in ("actor", "weighted", "mean"):
+        layer = LocalizingLayer(16, 4, 2, 24, 0.0, True, kind)
+        if kind == "weighted":
+            layer.level_weights.data = torch.tensor([0.0, math.log(3)])
+        shares = layer.level_shares(x)
+        expected = {"actor": None, "weighted": torch.tensor([0.25, 0.75]), "mean": torch.tensor([0.5, 0.5])}[kind]
+        expected = layer.level_weights(x).softmax(-1) if kind == "actor" else expected.expand(2, 3, 2)
+        assert torch.allclose(shares, expected)
+
+
+@pytest.mark.parametrize("quirks", [(), ("split_heads",)])
+@pytest.mark.parametrize("position", [True, False])
+def test_only_the_positional_query_tells_a_class_where_the_actor_is(quirks, position):
+    layer = ClassifyingLayer(16, 4, 24, 0.0, 1, quirks, class_position=position).eval()
+    queries, z, keys, padding = torch.randn(1, 5, 16), torch.randn(1, 8, 16), torch.randn(1, 8, 16), torch.zeros(1, 8).bool()
+    one, two = (layer.attention_maps(queries, torch.randn(1, 16), z, keys, padding) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two)) == (not position)
+    elsewhere = layer.attention_maps(queries, torch.zeros(1, 16), z, keys + torch.randn(1, 8, 16), padding)
+    assert all(torch.equal(a, b) for a, b in zip(one, elsewhere)) == (not position)
+    assert sum(part.shape[1] for part in one) == 4
+
+
+@pytest.mark.parametrize("combine", ["sum", "concat", "cross-attention", "self-attention"])
+def test_ways_to_combine_actor_and_context(combine):
+    layer = ClassifyingLayer(16, 4, 24, 0.0, 1, (), combine=combine).eval()
+    actor, context, padding = torch.randn(2, 16), torch.randn(2, 8, 16), torch.zeros(2, 8, dtype=torch.bool)
+    padding[1, 6:] = True
+    with torch.no_grad():
+        out = layer.combined(actor, context, padding)
+        order = torch.tensor([3, 1, 2, 0, 4, 5, 6, 7])
+        assert torch.allclose(layer.combined(actor, context[:, order], padding), out[:, order], atol=1e-5), "cells are alike"
+        assert not torch.allclose(layer.combined(actor + torch.randn(16), context, padding)[:, 0], out[:, 0], atol=1e-3)
+        changed = context.clone()
+        changed[1, 6:] += 1
+        assert torch.allclose(layer.combined(actor, changed, padding)[:, :6], out[:, :6], atol=1e-5), "padding is hidden"
+        changed[0, 7] += 1
+        moved = not torch.allclose(layer.combined(actor, changed, padding)[0, :7], out[0, :7], atol=1e-4)
+        assert moved == ("attention" in combine), "attention alone mixes cells"
+        if combine == "sum":
+            assert torch.equal(out, actor[:, None] + context)
+        if combine == "concat":
+            weight = layer.join.weight[:, :, None]                              # a 1d convolution of kernel 1
+            joined = torch.cat([actor[:, :, None].expand(-1, -1, 8), context.transpose(1, 2)], 1)
+            expected = torch.nn.functional.conv1d(joined, weight, layer.join.bias)
+            assert torch.allclose(out, expected.transpose(1, 2), atol=1e-5)
+
+
+def test_without_class_queries_the_heads_share_a_feature_and_the_map_is_the_actors():
+    decoder, arguments = make_decoder(class_queries=False), inputs()
+    seen = []
+    decoder.norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        predictions, maps = decoder(*arguments, return_attention=True)
+        assert torch.allclose(predictions[-1]["pred_logits"], decoder.class_head(seen[-1]))
+        own = decoder.localize(arguments[0].flatten(2, 3), arguments[1].flatten(1, 2), arguments[2].flatten(1), *arguments[3:])[2]
+    assert maps.shape == (3, 3, 5, 2, 4) and torch.equal(maps[:, :, 3].flatten(2), own)
+
+
+def test_the_one_map_decoder_looks_at_the_mean_of_the_levels_and_not_at_padding():
+    decoder = OneMapDecoder(2, 16, 4, 24, 0.0, 3, 2, 5).eval()
+    memory, keys, padding, _, x = inputs()
+    places = torch.randn(3, 3, 16)
+    with torch.no_grad():
+        predictions, maps = decoder(memory, keys, padding, places, x)
+        same = decoder(memory.flip(1), keys, padding, places, x)[0]
+        memory[padding[:, None].expand(memory.shape[:-1])] += 5
+        hidden = decoder(memory, keys, padding, places, x)[0]
+    assert len(predictions) == 2 and predictions[0]["pred_boxes"].shape == (3, 3, 4)
+    for name, value in predictions[-1].items():
+        assert torch.allclose(value, same[-1][name], atol=1e-5) and torch.allclose(value, hidden[-1][name], atol=1e-5)
+    assert maps[1][..., 3].abs().max() == 0 and torch.allclose(maps.sum((-2, -1)), torch.ones(1), atol=1e-5)
 
 
 def test_anchors_of_the_next_layer_are_the_predicted_boxes_unless_the_quirk_says_otherwise():

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from encoder import (DeformableEncoder, DeformableLayer, cell_references, paper_frequencies, position_table, resize_weights,
-                     small_frequencies, time_weights, to_common_grid)
+from encoder import (DeformableEncoder, DeformableLayer, OrdinaryLayer, cell_references, paper_frequencies, position_table,
+                     resize_weights, small_frequencies, time_weights, to_common_grid)
 
 FLOORED = partial(paper_frequencies, pairs_differ=False)
 UNFLOORED = partial(paper_frequencies, pairs_differ=True)
@@ -130,6 +130,25 @@ def test_only_the_time_steps_asked_for_are_encoded_in_the_last_layer():
     with torch.no_grad():
         full, part = encoder(maps, paddings, tables, [every, every]), encoder(maps, paddings, tables, [some, every])
     assert torch.allclose(part[0], full[0][:, some], atol=1e-6) and torch.allclose(part[1], full[1], atol=1e-6)
+
+
+def test_an_ordinary_layer_is_attention_over_the_unpadded_cells():
+    layer = OrdinaryLayer(8, 2, 16, 0.0).eval()
+    x, positions, padding = torch.randn(2, 6, 8), torch.randn(1, 6, 8), torch.zeros(2, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    with torch.no_grad():
+        out = layer(x, positions, padding, None, None)
+        part = layer(x, positions, padding, None, None, cells=torch.tensor([3, 0]))
+        query, key, value = (F.linear(of, layer.attention.in_proj_weight[8 * i:8 * i + 8]) for i, of in
+                             enumerate((x + positions, x + positions, x)))
+        heads = []
+        for head in (slice(0, 4), slice(4, 8)):
+            logits = query[..., head] @ key[..., head].transpose(1, 2) / 2
+            heads.append(logits.masked_fill(padding[:, None], -math.inf).softmax(-1) @ value[..., head])
+        y = layer.norm1(x + layer.attention.out_proj(torch.cat(heads, -1)))
+        expected = layer.norm2(y + layer.linear2(layer.linear1(y).relu()))
+    assert torch.allclose(out, expected, atol=1e-5)
+    assert torch.allclose(part, expected[:, [3, 0]], atol=1e-5)
 
 
 @pytest.mark.parametrize("size, target", [(1, 3), (5, 5), (7, 3), (4, 9), (14, 1)])

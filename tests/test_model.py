@@ -196,6 +196,59 @@ def test_padding_beside_a_smaller_clip(config):
     assert (on_padding == 0) == ("unmasked_padding" not in config.quirks)
 
 
+ALTERNATIVES = [dict(encoder="transformer"), dict(encoder="transformer", decoder="ldl"), dict(decoder="ldl"),
+                dict(encoder="transformer", decoder="detr"), dict(decoder="detr"), dict(aggregation="weighted"),
+                dict(aggregation="mean"), dict(class_position=False), dict(combine="concat"),
+                dict(combine="cross-attention"), dict(combine="self-attention")]
+
+
+@pytest.mark.parametrize("base", [PRESETS["synthetic"], replace(TINY, frames=8), replace(TINY, frames=8, quirks=(), key_frame=True)],
+                         ids=["synthetic", "tiny", "tiny-plain-key"])
+@pytest.mark.parametrize("changes", ALTERNATIVES, ids=lambda changes: " ".join(map(str, changes.values())))
+def test_rows_of_tables_1_to_4(base, changes):
+    """Every alternative trains all its parameters, gives a clip beside a larger one what it gives it alone, and its class
+    attention is one, off the padding where no quirk lets it there."""
+    config = replace(base, **changes)
+    torch.manual_seed(1)
+    model = VideoActionDetector(config)
+    clips = torch.randn(2, 3, config.frames, 32, 64)
+    clips[1, :, :, 16:], clips[1, :, :, :, 32:] = 0, 0
+    mask = torch.zeros(2, 32, 64, dtype=torch.bool)
+    mask[1, 16:], mask[1, :, 32:] = True, True
+    out = model(clips, mask)
+    sum(out[name].square().mean() for name in ("pred_logits", "pred_boxes", "pred_conf")).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    with torch.no_grad():
+        out, alone = model.eval()(clips, mask, return_attention=True), model(clips[:1], return_attention=True)
+        some = model(clips, mask, frames=torch.tensor([0])) if not config.key_frame else None
+    frames = 1 if config.key_frame else config.frames
+    assert out["pred_logits"].shape == (2, frames, config.num_queries, config.num_classes)
+    assert out["attention"].shape[:4] == out["pred_logits"].shape
+    for name in ("pred_boxes", "pred_logits", "pred_conf", "attention"):
+        assert torch.allclose(out[name][0], alone[name][0], atol=1e-4), name
+        assert some is None or name == "attention" or torch.allclose(some[name][:, 0], out[name][:, 0], atol=1e-4), name
+    assert torch.allclose(out["attention"].sum((-2, -1)), torch.ones(1), atol=1e-5)
+    height, width = out["attention"].shape[-2:]
+    if "unmasked_padding" not in config.quirks:
+        assert out["attention"][1, ..., height // 2:, :].abs().max() == 0 == out["attention"][1, ..., width // 2:].abs().max()
+    one_map = (out["attention"][:, :, :, :1] == out["attention"]).all()
+    assert one_map == (config.decoder != "ldl+cdl")
+
+
+def test_a_single_scale_model_holds_nothing_of_the_other_levels():
+    names = [name for name, _ in VideoActionDetector(replace(TINY, encoder="transformer")).named_parameters()]
+    assert {name.split(".")[1] for name in names if name.startswith("neck.")} == {"2"}
+    names = [name for name, _ in small_model(encoder="transformer").named_parameters()]
+    assert not any(name.startswith(("neck.1", "backbone.stages.3")) for name in names)
+
+
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do():
+    for name, there in (("encoder", "transformer"), ("decoder", "ldl"), ("aggregation", "mean"), ("combine", "concat"),
+                        ("backbone", "csn152")):
+        with pytest.raises(ValueError, match=f"{name} 'resnet'; there are: .*{there}"):
+            override(PRESETS["ucf"], [f"{name}=resnet"])
+
+
 def test_decoding_some_frames_gives_what_decoding_all_gives():
     for model in (small_model(), VideoActionDetector(TINY).eval()):
         clips = torch.randn(2, 3, model.config.frames, 64, 96)

@@ -228,7 +228,7 @@ def test_rates_warm_up_by_the_step_then_drop_or_follow_a_cosine():
     assert train.rates(20, 10, config)[1] == 1e-4 and train.rates(100, 10, config)[1] == pytest.approx(5e-5)
     assert train.rates(179, 10, config)[1] == pytest.approx(1e-4 * (1 + math.cos(math.pi * 159 / 160)) / 2)
     with pytest.raises(ValueError, match="there are: step, cosine"):
-        train.rates(60, 10, replace(config, schedule="linear"))
+        replace(config, schedule="linear")
 
 
 def test_rates_follow_the_batch_by_the_square_root_where_the_recipe_says_for_which_batch_they_are():
