@@ -8,9 +8,9 @@ what tells their class: a (class, actor) pair has an attention map of its own (E
 Nothing of the localizing layers depends on the classifying ones, so they all run first; the classifying layers then run
 over a flat list of (frame, actor) pairs, in pieces where no gradient is wanted, and only for actors worth it (`gate`).
 
-What Tables 1 to 4 compare with stands behind switches: `OneMapDecoder` for DETR's decoder, and LDL alone, which has a linear head
-for the classes; `level_shares` for the ways to mix the levels; `class_position` for P in the class queries; `combine` for
-actor and context.
+What Tables 1 to 4 compare with stands behind switches: `OneMapDecoder` is DETR's decoder, and LDL alone has a linear head
+for the classes; `level_shares` has the ways to mix the levels, `class_position` takes P out of the class queries, `combine`
+chooses how actor and context meet.
 
 Departures of the released model, by their names in SPEC.md: `anchor_before_norm`, `shared_block`, `bare_output`,
 `split_heads`, `unmasked_padding`, `unused_tensors`; each has its comment where it acts.
@@ -304,11 +304,11 @@ class ClassifyingLayer(nn.Module):
             logits = [part.masked_fill(padding[:, None, None], -torch.inf) for part in logits]
         return [(part.float() * scale).softmax(-1).to(z.dtype) for part in logits]
 
-    def forward(self, queries, actor, context, positional_query, key_positions, padding, size):
+    def forward(self, queries, actor, context, positional_query, key_positions, padding, size, content_heads=False):
         """queries (I, C, D), or (1, C, D) in the first layer; actor (I, D), detached; context, key_positions (I, N, D);
         positional_query (I, D); padding (I, N).
 
-        Returns the class features (I, C, D) and the class attention maps (I, C, N), mean over heads.
+        Returns the class features (I, C, D) and the class attention maps (I, C, N), mean over heads, or over content_heads.
         """
         z = self.interaction(actor, context, size, padding)
         among = to_heads(queries, self.num_heads)                                           # (I, M, C, D/M)
@@ -326,6 +326,8 @@ class ClassifyingLayer(nn.Module):
         else:
             x = self.norm2(queries + self.dropout(attended))
         x = self.norm3(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
+        if content_heads:  # of split_heads: those that see content and differ from class to class
+            maps = maps[:1]
         return x, sum(weights.mean(1) for weights in maps) / len(maps)
 
 
@@ -407,7 +409,8 @@ class Decoder(nn.Module):
         queries, outputs = self.class_queries[None], []
         for layer, localizing, (features, positional_query, levels) in zip(self.classifying, self.localizing, inputs):
             context = localizing.context(memory, levels)[keep]                              # (I, N, D)
-            queries, maps = layer(queries, features[keep], context, positional_query[keep], key_positions, padding, size)
+            queries, maps = layer(queries, features[keep], context, positional_query[keep], key_positions, padding, size,
+                                  return_attention == "content")
             outputs.append(self.logit_dropout(self.class_norm(queries)).mean(-1).float())
         return outputs + [maps] if return_attention else outputs
 
@@ -415,8 +418,8 @@ class Decoder(nn.Module):
         """memory (F, L, H, W, D), key_positions (F, H, W, D), padding (F, H, W), anchors (F, A, 4), embeddings x (F, A, D).
 
         Returns a list with one dict per layer: pred_boxes (F, A, 4), pred_conf (F, A), pred_logits (F, A, C), and the class
-        attention maps (F, A, C, H, W) of the last layer, or None. Actors whose confidence is below `gate` are not
-        classified: their logits are -1e4.
+        attention maps (F, A, C, H, W) of the last layer, or None ("content": the mean over its content heads). Actors whose
+        confidence is below `gate` are not classified: their logits are -1e4.
         """
         size = memory.shape[2:4]
         memory, key_positions, padding = memory.flatten(2, 3), key_positions.flatten(1, 2), padding.flatten(1)

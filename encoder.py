@@ -130,18 +130,19 @@ class DeformableLayer(nn.Module):
         pieces = zip(*(part.split(PIECE, dim=1) for part in of_queries))
         return torch.cat([self.encode(value, shapes, *piece) for piece in pieces], dim=1)
 
+    def look(self, query, shapes):
+        """Where queries (B, Q, D) look: offsets (B, Q, M, L, P, 3) in cells, logits (B, Q, M, L, P), scales (L, 3), one
+        over the cells of an axis."""
+        with torch.autocast(query.device.type, enabled=False):  # float32 island: an offset of 4 cells in bf16 steps by 1/32
+            offsets = self.sampling_offsets(query.float()).unflatten(-1, (*self.sizes, 3))
+        divisors = torch.tensor([(h, w, t) if self.offset_axes else (t, h, w) for t, h, w in shapes])
+        return offsets, self.attention_weights(query).unflatten(-1, self.sizes), (1.0 / divisors).to(offsets)
+
     def encode(self, value, shapes, x, positions, references):
         """Some queries x (B, Q, D), of positions (B or 1, Q, D) and references (B or 1, Q, L, 3), against the values
         (B, S, M, D/M) of all cells -> (B, Q, D)."""
-        query = x + positions
-        with torch.autocast(x.device.type, enabled=False):  # float32 island: an offset of 4 cells in bf16 steps by 1/32
-            offsets = self.sampling_offsets(query.float())
-        offsets = offsets.unflatten(-1, (*self.sizes, 3))                                # (B, Q, M, L, P, 3)
-        logits = self.attention_weights(query).unflatten(-1, self.sizes)                 # (B, Q, M, L, P)
         references = references.expand(len(x), -1, -1, -1)                               # (B, Q, L, 3)
-        divisors = torch.tensor([(h, w, t) if self.offset_axes else (t, h, w) for t, h, w in shapes])
-        scales = (1.0 / divisors).to(references)                                         # (L, 3)
-        attended = deform_attn_3d_fused(value, shapes, references, offsets, logits, scales)
+        attended = deform_attn_3d_fused(value, shapes, references, *self.look(x + positions, shapes))
         x = self.norm1(x + self.dropout(self.output_proj(attended)))
         return self.norm2(x + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x))))))
 

@@ -272,7 +272,8 @@ class VideoActionDetector(nn.Module):
         only these are decoded, k in place of T below. Key-frame presets decode frame T // 2 alone.
 
         Returns pred_boxes (B, T, A, 4) cx, cy, w, h in [0, 1] of the clip's own unpadded frame, pred_logits (B, T, A, C),
-        pred_conf (B, T, A) logit, aux_outputs (the same of each earlier layer), and attention (B, T, A, C, H', W') if asked.
+        pred_conf (B, T, A) logit, aux_outputs (the same of each earlier layer), and attention (B, T, A, C, H', W') if asked,
+        the mean over heads; with return_attention="content" over those of the quirk split_heads that see content.
         """
         config = self.config
         batch, _, length, height, width = clips.shape

@@ -3,19 +3,25 @@
     python visualize.py --ckpt runs/NAME/best.pt --clip 3 --out out/                    # a clip of the data set
     python visualize.py --ckpt C --data DIR --video-name Biking/v_Biking_g01_c01 --classes Biking --out out/
     python visualize.py --ckpt C --video in.mp4 --out out/                              # a video of one's own
+    torchrun --nproc_per_node 8 visualize.py --ckpt C --video folder/ --out out/        # many, one folder each
 
-Each writes NAME.mp4 (every frame), NAME.png (six frames, one above the other) and NAME.json (the tubes). A picture has
-a panel with the tubes, one colour an actor, and beside it panels with the class attention maps in the colours of the
-actors they belong to: one panel a class of --classes, or a single one that shows each actor's best class.
-All clips are gone through twice and one is in memory at a time: the first pass finds the tubes, the second draws them.
+Each writes NAME.mp4 (every frame, at its time, without sound), NAME.png (six frames, one above the other), tubes.json and
+tubes.csv. A picture has a panel with the tubes, one colour an actor, and beside it panels with the class attention maps in the
+colours of the actors they belong to: one panel a class of --classes, or a single one that shows each actor's best class.
+--look-from adds NAME-points.png, the encoder's sampling points. All clips are gone through twice and one is in memory at a
+time: the first pass finds the tubes, the second draws them.
 
-NAME.json: {"video", "rate" (frames per second), "classes", "actors": [{"colour", "tubes": [{"label", "score", "frames"
-(k 1-based numbers), "boxes" (k of x1, y1, x2, y2 in pixels of the video)}]}]}; an actor has a tube for each class.
+tubes.json: {"video", "rate" (frames per second), "size" (height, width), "classes", "actors": [{"colour", "tubes": [{"label",
+"score", "frames" (k 1-based numbers), "boxes" (k of x1, y1, x2, y2 in pixels of the video)}]}]}; an actor has a tube for each
+class. tubes.csv: AVA's columns, a line a box and class: video, second, x1, y1, x2, y2 in [0, 1], class number from 1, the
+tube's score.
 """
 # B clips, T frames, A actor queries, C classes, N actors, n detections; H, W of a frame, H', W' of an attention map
 
 import argparse
+import csv
 import json
+import os
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -36,6 +42,8 @@ TRUTH = (255, 255, 255)
 TEXT_SIZE, BAND = 14, 22                # pixels: letters, the caption above a panel
 SHORTEST_SIDE = 240                     # frames smaller than this are enlarged by a whole factor, so that text fits
 SHEET_FRAMES = 6
+TICK = Fraction(1, 60000)               # of a second: the grain of a written video's times
+VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")     # what is taken from a folder
 
 
 def frames_of(clip):
@@ -115,18 +123,25 @@ def save_sheet(path, lines):
     Image.fromarray(sheet).save(path)
 
 
-def save_video(path, pictures, rate):
-    """Pictures (H, W, 3) uint8, one after another, as an MP4 that any player takes (H.264 where PyAV has it)."""
+def save_video(path, pictures, rate, seconds=None):
+    """Pictures (H, W, 3) uint8, one after another, as an MP4 that any player takes (H.264 where PyAV has it): `rate` a second,
+    or at the times `seconds`."""
     import av
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
         stream.pix_fmt = "yuv420p"                                          # it halves both sides: they must be even
-        for picture in pictures:
+        stream.codec_context.time_base = TICK
+        last = -1
+        for number, picture in enumerate(pictures):
             picture = np.pad(picture, [(0, picture.shape[0] % 2), (0, picture.shape[1] % 2), (0, 0)], "edge")
             if not stream.codec_context.is_open:
                 stream.height, stream.width = picture.shape[:2]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            time = seconds[number] - seconds[0] if seconds else number / rate
+            frame.pts = last = max(last + 1, round(time / TICK))            # two frames at one time would be refused
+            frame.time_base = TICK
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
@@ -140,15 +155,19 @@ def run(model, clip, target, config, device, **options):
 
 
 def find_actors(model, clips, config, device, min_score):
-    """Tubes of the clips (an iterable of (clip, target, pictures)), grouped by actor, best first; and the frame count.
+    """Tubes of the clips (an iterable of (clip, target, pictures)), grouped by actor, best first; and of the frames in their
+    order {"number", "seconds" (empty where not known)}, and their "size".
 
     A tube is of one class, so an actor with several classes has several tubes in one place: they are one actor when
     they overlap by an IoU of 0.5 over the frames that they share.
     """
-    parts, count = [], 0
+    parts, frames = [], {"number": [], "seconds": []}
     for clip, target, _ in bar(clips, "finding tubes", unit="clip"):
         _, part = run(model, clip, target, config, device)
-        count += int(target["frames"].sum())
+        taken = torch.as_tensor(target["frames"])
+        frames["number"] += target["frame_ids"][taken].tolist()
+        frames["seconds"] += [second for second, shown in zip(target.get("times", ()), taken) if shown]
+        frames["size"] = [int(side) for side in target["size"]]
         seen = (part["class_prob"].max(-1) * part["conf"]) >= min_score     # (frames, A)
         parts.append({name: values[seen] for name, values in part.items()})
     if not parts:
@@ -159,7 +178,7 @@ def find_actors(model, clips, config, device, min_score):
     for tube in sorted(link_tubes(found, min_score=min_score, min_length=shortest), key=lambda tube: -tube["score"]):
         home = next((actor for actor in actors if any(same_place(tube, other) for other in actor)), None)
         actors.append([tube]) if home is None else home.append(tube)
-    return actors, count
+    return actors, frames
 
 
 def choose_colours(actors):
@@ -192,11 +211,12 @@ def on_frame(actors, frame, names, top):
     return indices, np.array(boxes, dtype=float).reshape(-1, 4), texts, np.array(best, dtype=int)
 
 
-def draw(model, clips, actors, names, config, device, classes=(), top=3):
-    """Yields a picture for each frame of the clips: the tubes, and the attention of `classes` (ids) beside them."""
+def draw(model, clips, actors, names, config, device, classes=(), top=3, heads="all"):
+    """Yields a picture for each frame of the clips: the tubes, and the attention of `classes` (ids) beside them, the mean over
+    all heads or over the "content" heads."""
     palette = choose_colours(actors)
     for clip, target, pictures in clips:
-        out, part = run(model, clip, target, config, device, return_attention=True)
+        out, part = run(model, clip, target, config, device, return_attention="content" if heads == "content" else True)
         attention = out["attention"][0].float().cpu()                       # (T, A, C, H', W')
         shown = torch.as_tensor(target["frames"]).nonzero()[:, 0].tolist()
         for row, t in enumerate(shown):
@@ -314,81 +334,197 @@ def video_rate(path):
         raise SystemExit(f"{path} cannot be read as a video ({error}); is it whole? Or convert it") from error
 
 
+def video_frames(path, rate):
+    """The frames of a video file, decoded in a stream: ((H, W, 3) uint8, seconds from the first one). A change of size on the
+    way is undone; a frame that does not say its time comes 1 / rate behind the one before."""
+    import av
+    first, size, time = None, None, -1 / rate
+    try:
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "AUTO"
+            for number, frame in enumerate(container.decode(video=0)):
+                first = first if number else frame.time
+                size = size or (frame.width, frame.height)
+                time = time + 1 / rate if None in (first, frame.time) else frame.time - first
+                yield frame.reformat(*size, "rgb24").to_ndarray(), time
+    except av.FFmpegError as error:
+        raise SystemExit(f"{path} cannot be decoded behind second {max(time, 0):.1f} ({error}); "
+                         "convert it with ffmpeg") from error
+
+
 def video_clips(path, config, rate):
     """(clip, target, pictures) of a video file as `dataset_clips` gives them, decoded in a stream.
 
-    Clips of T frames follow one another, the last filled up with its last frame. For key-frame models a clip begins
-    with every second, and its middle frame is a frame of the result.
+    Clips of T frames begin T // 2 frames apart, and a frame is taken from the clip in whose middle it is (target["frames"]),
+    so that it is seen with what comes before and after; the video's last clip is filled up with its last frame. For key-frame
+    models a clip begins with every second, and its middle frame is a frame of the result.
     """
-    import av
     span = (config.frames - 1) * config.sampling_rate + 1                   # frames that a clip reaches over
-    step = max(1, round(rate)) if config.key_frame else config.frames
+    step = max(1, round(rate)) if config.key_frame else max(config.frames // 2, 1)
     if not config.key_frame and config.sampling_rate > 1:
         raise SystemExit(f"sampling_rate {config.sampling_rate} leaves frames without boxes: --set sampling_rate=1")
     buffer, number, skipped = [], 0, 0
-    try:
-        with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                if skipped:
-                    skipped -= 1
-                    continue
-                height, width = buffer[0].shape[:2] if buffer else (frame.height, frame.width)
-                buffer.append(frame.reformat(width, height, "rgb24").to_ndarray())      # a change of size is undone
-                if len(buffer) == span:
-                    yield video_clip(path, buffer, number, config)
-                    del buffer[:step]
-                    number, skipped = number + 1, max(0, step - span)
-    except av.FFmpegError as error:
-        raise SystemExit(f"{path} cannot be decoded behind clip {number} ({error}); convert it with ffmpeg") from error
-    if buffer and (number == 0 or not config.key_frame):
-        yield video_clip(path, buffer, number, config)
+    for frame in video_frames(path, rate):
+        if skipped:
+            skipped -= 1
+            continue
+        if len(buffer) == span:                                             # and there is a frame behind it
+            yield video_clip(path, buffer, number, config, step, last=False)
+            del buffer[:step]
+            number, skipped = number + 1, max(0, step - span - 1)
+            if step > span:
+                continue
+        buffer.append(frame)
+    if buffer and (number == 0 or not config.key_frame or len(buffer) == span):
+        yield video_clip(path, buffer, number, config, step, last=True)
 
 
-def video_clip(path, buffer, number, config):
-    """Clip `number` of a video file from its frames `buffer`, a list of (H, W, 3) uint8, shorter at the video's end."""
-    taken = [buffer[min(i * config.sampling_rate, len(buffer) - 1)] for i in range(config.frames)]
-    valid = torch.arange(config.frames) * config.sampling_rate < len(buffer)
-    frame_ids = torch.arange(config.frames) + number * config.frames + 1
-    pictures = np.stack(taken)                                              # (T, H, W, 3)
+def video_clip(path, buffer, number, config, step, last):
+    """Clip `number` of a video file from its frames `buffer`, a list of (picture, time), shorter at the video's end."""
+    frames = torch.arange(config.frames)
+    pictures, times = zip(*(buffer[min(i, len(buffer) - 1)] for i in (frames * config.sampling_rate).tolist()))
+    edge = (config.frames - step) // 2
+    taken = (frames >= (edge if number else 0)) & (frames < (len(buffer) if last else edge + step))
+    target = {"video": Path(path).stem, "frame_ids": frames + number * step + 1, "frames": taken, "times": times,
+              "size": torch.tensor(pictures[0].shape[:2])}
+    shown = np.stack(pictures)                                              # (T, H, W, 3)
     if config.key_frame:
-        valid, frame_ids = torch.ones(1, dtype=torch.bool), torch.tensor([number + 1])
-        pictures = pictures[config.frames // 2:][:1]
-    size = torch.tensor(pictures.shape[1:3])
-    target = {"video": Path(path).stem, "frame_ids": frame_ids, "frames": valid, "size": size}
-    clip = render([Image.fromarray(frame) for frame in taken], draw_view(taken[0].shape[:2], config, train=False))
-    return clip, target, pictures
+        middle = config.frames // 2
+        shown = shown[middle:][:1]
+        target |= {"frame_ids": torch.tensor([number + 1]), "frames": torch.tensor([True]), "times": times[middle:][:1]}
+    clip = render([Image.fromarray(picture) for picture in pictures], draw_view(pictures[0].shape[:2], config, train=False))
+    return clip, target, shown
 
 
-def tubes_record(video, rate, actors, names):
-    """The dict that NAME.json holds: see the top of this file."""
-    return {"video": video, "rate": rate, "classes": list(names), "actors": [
+def write_tubes(out, video, rate, actors, frames, names):
+    """tubes.json and tubes.csv in the folder `out`: see the top of this file. Returns their paths."""
+    record = {"video": video, "rate": rate, "size": frames["size"], "classes": list(names), "actors": [
         {"colour": "#%02x%02x%02x" % colour, "tubes": [
             {"label": names[tube["label"]], "score": round(float(tube["score"]), 4), "frames": tube["frames"].tolist(),
              "boxes": np.round(tube["boxes"], 1).tolist()} for tube in tubes]}
         for tubes, colour in zip(actors, choose_colours(actors))]}
+    seconds = dict(zip(frames["number"], frames["seconds"] or np.arange(len(frames["number"])) / rate))
+    shares = 1 / np.array([*frames["size"]][::-1] * 2)
+    lines = sorted((seconds[frame], *(box * shares).round(4).tolist(), int(tube["label"]) + 1, round(float(tube["score"]), 4))
+                   for tubes in actors for tube in tubes for frame, box in zip(tube["frames"].tolist(), tube["boxes"]))
+    with open(out / "tubes.csv", "w", newline="") as file:
+        csv.writer(file).writerows([video, f"{second:.3f}", *rest] for second, *rest in lines)
+    (out / "tubes.json").write_text(json.dumps(record) + "\n")
+    return [out / "tubes.json", out / "tubes.csv"]
 
 
-def visualize(model, clips, video, rate, names, config, device, out, classes=(), min_score=0.3, top=3):
-    """Writes NAME.mp4, NAME.png and NAME.json to the folder `out`; `clips()` gives the clips anew each time. Returns
-    their paths and the actors."""
-    actors, count = find_actors(model, clips(), config, device, min_score)
-    out = Path(out)
+def visualize(model, clips, video, rate, names, config, device, out, classes=(), min_score=0.3, top=3, heads="all"):
+    """Writes NAME.mp4, NAME.png, tubes.json and tubes.csv to the folder `out`; `clips()` gives the clips anew each time.
+    Returns their paths and the actors."""
+    actors, frames = find_actors(model, clips(), config, device, min_score)
+    out, count = Path(out), len(frames["number"])
     out.mkdir(parents=True, exist_ok=True)
     name = video.replace("/", "_")
     on_sheet, sheet = set(np.linspace(0, count - 1, SHEET_FRAMES).astype(int).tolist()), []
 
     def pictures():
-        drawn = draw(model, clips(), actors, names, config, device, classes, top)
+        drawn = draw(model, clips(), actors, names, config, device, classes, top, heads)
         for i, picture in enumerate(bar(drawn, "drawing", total=count, unit="frame")):
             if i in on_sheet:
                 sheet.append([picture])
             yield picture
 
-    paths = [out / f"{name}.mp4", out / f"{name}.png", out / f"{name}.json"]
-    save_video(paths[0], pictures(), rate)
+    paths = [out / f"{name}.mp4", out / f"{name}.png"]
+    save_video(paths[0], pictures(), rate, frames["seconds"])
     save_sheet(paths[1], sheet)
-    paths[2].write_text(json.dumps(tubes_record(video, rate, actors, names)) + "\n")
-    return paths, actors
+    return [*paths, *write_tubes(out, video, rate, actors, frames, names)], actors
+
+
+@torch.inference_mode()
+def sampling_points(model, clip, place, device):
+    """Where the encoder's last layer looks from the cell at `place` (t, y, x), each in [0, 1], of the decoder's grid: points
+    (n, 3) of t, y, x, 0 and 1 the clip's edges, n = M*L*P; their level (n,); their weight (n,), the mean over heads."""
+    layer, seen = model.encoder.layers[-1], []
+    if not hasattr(layer, "sampling_offsets"):
+        raise SystemExit("an ordinary transformer encoder has no sampling points: every cell looks at every cell")
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args))
+    model(clip[None].to(device))
+    hook.remove()
+    x, positions, _, references, shapes, _ = seen[0]
+    level = model.config.grid_level
+    inside = [min(int(share * n), n - 1) for share, n in zip(place, shapes[level])]
+    cell = sum(t * h * w for t, h, w in shapes[:level]) + int(np.ravel_multi_index(inside, shapes[level]))
+    offsets, logits, scales = layer.look((x + positions)[:, [cell]], shapes)                            # of one query
+    points = references[:, [cell], None, :, None] + offsets * scales[:, None]                           # (1, 1, M, L, P, 3)
+    levels = torch.arange(len(shapes))[:, None].expand(logits.shape[2:])                                # (M, L, P)
+    weights = logits.flatten(3).softmax(-1) / logits.shape[2]
+    return points.reshape(-1, 3).cpu().numpy(), levels.flatten().numpy(), weights.flatten().cpu().numpy()
+
+
+def draw_points(pictures, points, levels, weights, place):
+    """Pictures (T, H, W, 3) side by side, each with the sampling points nearest to it in time: a disc of the level's colour
+    whose area is the weight; a white cross where the cell is."""
+    panels = []
+    time = np.clip((points[:, 0] * len(pictures)).astype(int), 0, len(pictures) - 1)
+    for t, picture in enumerate(enlarge(picture) for picture in pictures):
+        image = Image.fromarray(picture)
+        draw, size = ImageDraw.Draw(image), np.array([image.width, image.height])
+        for (_, y, x), level, weight in zip(points[time == t], levels[time == t], weights[time == t]):
+            radius = 1 + 20 * weight ** 0.5
+            centre = np.array([x, y]) * size
+            draw.ellipse((*(centre - radius), *(centre + radius)), outline=COLOURS[level], width=2)
+        if t == min(int(place[0] * len(pictures)), len(pictures) - 1):
+            x, y = np.array(place[:0:-1]) * size
+            draw.line((x - 8, y, x + 8, y), fill=TRUTH, width=2)
+            draw.line((x, y - 8, x, y + 8), fill=TRUTH, width=2)
+        panels.append(captioned(np.asarray(image), f"frame {t + 1}"))
+    return panels
+
+
+def find_videos(sources):
+    """The video files that --video names, files and folders (and what is in them); an error if two have one name."""
+    videos = []
+    for source in map(Path, sources):
+        inside = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEOS) if source.is_dir() else [source]
+        if not inside:
+            raise SystemExit(f"no video ({', '.join(VIDEOS)}) in {source}")
+        videos += inside
+    names = [path.stem for path in videos]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SystemExit(f"several videos are called {', '.join(twice[:5])}: their results would share a folder; rename them")
+    return videos
+
+
+def show_videos(model, sources, config, device, rank, args, **options):
+    """Tubes and attention of video files, each in a folder of its own where there are several: shared over the ranks, those
+    that are done left out. Returns the messages of the videos that could not be read."""
+    videos, failed = find_videos(sources), []
+    several = len(videos) > 1 or Path(sources[0]).is_dir()
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for path in videos[rank::world]:
+        out = Path(args.out or "out") / path.stem if several or not args.out else Path(args.out)
+        if several and (out / "tubes.json").is_file():
+            print(f"{out / 'tubes.json'} is there: {path} is done")
+            continue
+        try:
+            rate = video_rate(path)
+            clips = partial(video_clips, path, config, rate)
+            show(model, clips, path.stem, args.rate or (1 if config.key_frame else rate), config, device, out, args, **options)
+        except SystemExit as error:
+            if not several:
+                raise
+            print(error)
+            failed.append(str(error))
+    return failed
+
+
+def show(model, clips, video, rate, config, device, out, args, names, **options):
+    """`visualize`, and --look-from; says what was found and written."""
+    if args.look_from:
+        place, (clip, _, pictures) = (0.5, *args.look_from[::-1]), next(clips())
+        path = Path(out) / f"{video.replace('/', '_')}-points.png"
+        save_sheet(path, [draw_points(pictures, *sampling_points(model, clip, place, device), place)])
+        print(f"wrote {path}")
+    paths, actors = visualize(model, clips, video, rate, names, config, device, out, min_score=args.min_score, top=args.top,
+                              heads=args.heads, **options)
+    found = f"{sum(map(len, actors))} tubes" if actors else f"no score reached {args.min_score}: lower --min-score"
+    print(f"{video}: {len(actors)} actors, {found}; wrote " + ", ".join(map(str, paths)))
 
 
 def arguments(argv=None):
@@ -398,24 +534,34 @@ def arguments(argv=None):
     source = group.add_mutually_exclusive_group()
     source.add_argument("--clip", type=int, metavar="N", help="a clip of the data set, counted from 0 (the default: 0)")
     source.add_argument("--video-name", metavar="NAME", help="a whole video of the data set")
-    source.add_argument("--video", metavar="FILE", help="a video file of one's own")
+    source.add_argument("--video", metavar="FILE", nargs="+", help="videos of one's own, files or folders; processes of "
+                                                                   "torchrun share them, those that are done are left out")
     group.add_argument("--classes", nargs="+", default=[], metavar="a,b",
                        help="classes whose attention is drawn; default: each actor's best class")
+    group.add_argument("--heads", choices=("all", "content"), default="all",
+                       help="attention heads that are shown: all, or those that see content alone (quirk split_heads)")
+    group.add_argument("--look-from", nargs=2, type=float, metavar=("X", "Y"), help="draw the encoder's sampling points too, "
+                       "from the cell at this place of the first clip's middle, in shares of width and height")
     group.add_argument("--min-score", type=float, default=0.3, help="boxes below this score are left out (0.3)")
     group.add_argument("--top", type=int, default=3, help="classes written at an actor, at most (3)")
     group.add_argument("--rate", type=float, help="frames per second; default: the video's, for a data set 25 (4 where "
                                                   "clips have fewer than 30 frames), for key frames 1")
-    group.add_argument("--out", metavar="DIR", default="out", help="folder of the pictures (out)")
+    group.add_argument("--out", metavar="DIR", help="folder of the results, default out/NAME; for several videos the folder "
+                                                    "of their folders")
     args = parser.parse_args(argv)
     if not args.ckpt:
         parser.error("name a checkpoint: --ckpt runs/NAME/best.pt")
+    if args.look_from and not all(0 <= share <= 1 for share in args.look_from):
+        parser.error(f"--look-from {args.look_from}: not in [0, 1]")
     return args
 
 
 def main(argv=None):
     args = arguments(argv)
-    device, _ = start(args.device)
+    device, rank = start(args.device)
     model, config, checkpoint = load_model(args.ckpt, args.set, device)
+    if args.heads == "content" and "split_heads" not in config.quirks:
+        raise SystemExit(f"--heads content: the heads of {args.ckpt} see content and place at once (no quirk split_heads)")
     trained = checkpoint.get("settings", {}) | {"dataset": checkpoint["dataset"]}
     dataset = None if args.video else open_dataset(args, config, checkpoint["classes"], args.ckpt, trained)
     names = checkpoint["classes"] or (list(dataset.class_names) if dataset else
@@ -424,28 +570,26 @@ def main(argv=None):
     unknown = [name for name in chosen if name not in names]
     if unknown:
         raise SystemExit(f"unknown classes {', '.join(unknown)}; {args.ckpt} knows: {', '.join(names)}")
-    classes = [names.index(name) for name in chosen]
+    options = {"names": names, "classes": [names.index(name) for name in chosen]}
+    print(f"{args.ckpt} is {checkpoint['kind']}")
     if args.video:
-        video, rate = Path(args.video).stem, video_rate(args.video)
-        clips = partial(video_clips, args.video, config, rate)
+        failed = show_videos(model, args.video, config, device, rank, args, **options)
+        if failed:
+            raise SystemExit(f"{len(failed)} videos could not be read:\n" + "\n".join(failed))
+        return
+    if args.video_name:
+        if args.video_name not in dataset.videos:
+            raise SystemExit(f"no video {args.video_name!r} among the {len(dataset.videos)} of {dataset.name}: "
+                             f"{', '.join(list(dataset.videos)[:5])}, ...")
+        video = args.video_name
+        indices = np.flatnonzero(clip_videos(dataset) == list(dataset.videos).index(video))
     else:
-        if args.video_name:
-            if args.video_name not in dataset.videos:
-                raise SystemExit(f"no video {args.video_name!r} among the {len(dataset.videos)} of {dataset.name}: "
-                                 f"{', '.join(list(dataset.videos)[:5])}, ...")
-            video = args.video_name
-            indices = np.flatnonzero(clip_videos(dataset) == list(dataset.videos).index(video))
-        else:
-            if not 0 <= (args.clip or 0) < len(dataset):
-                raise SystemExit(f"--clip {args.clip}: {dataset.name} has clips 0 to {len(dataset) - 1}")
-            indices, video = [args.clip or 0], f"{dataset.name}-clip-{args.clip or 0}"
-        rate, clips = 25 if config.frames >= 30 else 4, partial(dataset_clips, dataset, indices, config)
-    rate = args.rate or (1 if config.key_frame else rate)
-    paths, actors = visualize(model, clips, video, rate, names, config, device, args.out, classes, args.min_score,
-                              args.top)
-    found = f"{sum(map(len, actors))} tubes" if actors else f"no score reached {args.min_score}: lower --min-score"
-    print(f"{args.ckpt} is {checkpoint['kind']}\n{video}: {len(actors)} actors, {found}; wrote "
-          + ", ".join(map(str, paths)))
+        if not 0 <= (args.clip or 0) < len(dataset):
+            raise SystemExit(f"--clip {args.clip}: {dataset.name} has clips 0 to {len(dataset) - 1}")
+        indices, video = [args.clip or 0], f"{dataset.name}-clip-{args.clip or 0}"
+    rate = args.rate or (1 if config.key_frame else 25 if config.frames >= 30 else 4)
+    show(model, partial(dataset_clips, dataset, indices, config), video, rate, config, device,
+         args.out or Path("out") / video.replace("/", "_"), args, **options)
 
 
 if __name__ == "__main__":

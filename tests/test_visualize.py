@@ -1,4 +1,5 @@
 """visualize.py: pictures whose pixels are known beforehand, from stand-ins that say where the actors are and look."""
+import csv
 import json
 import re
 from dataclasses import asdict, replace
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import encoder
 import visualize
 from data import draw_view, render
 from model import PRESETS, VideoActionDetector
@@ -70,10 +72,11 @@ def test_a_bright_cell_lands_on_its_place_of_the_frame(size):
 
 def test_attention_panels_shine_where_the_model_looks_in_the_colour_of_the_actor():
     model, clips = LooksAt(), [clip_of()]
-    actors, count = visualize.find_actors(model, clips, CONFIG, "cpu", min_score=0.3)
+    actors, frames = visualize.find_actors(model, clips, CONFIG, "cpu", min_score=0.3)
     picture = next(visualize.draw(model, clips, actors, NAMES, CONFIG, "cpu", classes=[0, 1, 2]))
     height, width = 240, 320                                                 # 60 x 80, four times
-    assert count == 8 and picture.shape == (height + visualize.BAND, 4 * width, 3)
+    assert frames == {"number": list(range(1, 9)), "seconds": [], "size": [60, 80]}
+    assert picture.shape == (height + visualize.BAND, 4 * width, 3)
     for panel, (i, j) in enumerate(LooksAt().cells, 1):
         frame = picture[visualize.BAND:, panel * width:(panel + 1) * width].astype(float)
         corners = {(y, x): frame[y * 220:, x * 300:][:20, :20].mean((0, 1)) for y in (0, 1) for x in (0, 1)}
@@ -96,8 +99,8 @@ def test_best_class_panel_shows_each_actor_s_own_map():
 
 def test_tubes_in_one_place_are_one_actor_and_boxes_are_drawn_where_they_are():
     model, clips = LooksAt(), [clip_of(), clip_of(first=9)]
-    actors, count = visualize.find_actors(model, clips, CONFIG, "cpu", min_score=0.3)
-    assert count == 16
+    actors, frames = visualize.find_actors(model, clips, CONFIG, "cpu", min_score=0.3)
+    assert frames["number"] == list(range(1, 17))
     assert [[tube["label"] for tube in tubes] for tubes in actors] == [[0, 2], [1]]
     assert all(tube["frames"].tolist() == list(range(1, 17)) for tubes in actors for tube in tubes), "linked over clips"
     picture = list(visualize.draw(model, clips, actors, NAMES, CONFIG, "cpu"))[11][visualize.BAND:, :320]
@@ -196,16 +199,22 @@ def write_video(path, frames, rate=10, size=(60, 80)):
     return path
 
 
-def test_a_video_file_is_cut_into_clips_that_show_each_frame_once(tmp_path):
+def test_a_video_file_is_cut_into_clips_that_take_each_frame_once_from_their_middles(tmp_path):
     pytest.importorskip("av")
-    path = write_video(tmp_path / "in.mp4", 19)
-    clips = list(visualize.video_clips(path, CONFIG, visualize.video_rate(path)))
-    assert visualize.video_rate(path) == 10 and [clip.shape for clip, _, _ in clips] == [(3, 8, 64, 85)] * 3
-    kept = [target["frame_ids"][target["frames"]] for _, target, _ in clips]
-    assert torch.cat(kept).tolist() == list(range(1, 20))
-    shades = np.concatenate([pictures[:len(ids)] for ids, (_, _, pictures) in zip(kept, clips)]).mean((1, 2, 3))
-    np.testing.assert_allclose(shades, [5 + 10 * i % 240 for i in range(19)], atol=4)
-    assert torch.equal(clips[2][0][:, 3], clips[2][0][:, 2]), "the end is filled up with the last frame"
+    for length in (1, 7, 8, 9, 19, 24):
+        path = write_video(tmp_path / "in.mp4", length)
+        clips = list(visualize.video_clips(path, CONFIG, visualize.video_rate(path)))
+        assert visualize.video_rate(path) == 10 and {clip.shape for clip, _, _ in clips} == {(3, 8, 64, 85)}
+        taken = [target["frame_ids"][target["frames"]].tolist() for _, target, _ in clips]
+        assert sum(taken, []) == list(range(1, length + 1))
+        for ids, (_, target, _) in zip(taken[1:-1], clips[1:-1]):
+            assert ids == target["frame_ids"][2:6].tolist(), "two frames of each side are seen, and taken elsewhere"
+        shades = np.concatenate([pictures[target["frames"].numpy()] for _, target, pictures in clips]).mean((1, 2, 3))
+        np.testing.assert_allclose(shades, [5 + 10 * i % 240 for i in range(length)], atol=4)
+        times = [second for _, target, _ in clips for second, shown in zip(target["times"], target["frames"]) if shown]
+        np.testing.assert_allclose(times, np.arange(length) / 10, atol=1e-3)
+        clip, frames = clips[-1][0], int(clips[-1][1]["frames"].nonzero().max())
+        assert torch.equal(clip[:, frames:], clip[:, [frames]].expand_as(clip[:, frames:])), "filled up with the last frame"
 
 
 def test_a_key_frame_model_sees_one_frame_a_second(tmp_path):
@@ -233,29 +242,131 @@ def test_files_that_are_no_videos_are_clear_errors(tmp_path):
         visualize.video_rate(tmp_path / "sound.wav")
 
 
+def command(folder, monkeypatch, *options, **changes):
+    """visualize.main with an untrained checkpoint and these options, without signal handlers."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, **changes)
+    content = {"model": VideoActionDetector(config).state_dict(), "config": asdict(config), "dataset": "synthetic",
+               "classes": NAMES}
+    torch.save(content, folder / "c.pt")
+    monkeypatch.setattr(visualize, "start", lambda device: (torch.device(device), 0))
+    visualize.main(["--ckpt", str(folder / "c.pt"), "--device", "cpu", *map(str, options)])
+
+
+def test_times_of_a_video_of_uneven_rate_are_kept(tmp_path, monkeypatch):
+    av = pytest.importorskip("av")
+    uneven = [0.0, 0.1, 0.2, 0.9, 1.0, 1.7, 1.75, 2.5, 3.0, 3.04, 4.0, 4.5]
+    shades = (np.full((60, 80, 3), 20 * i, np.uint8) for i in range(12))
+    visualize.save_video(tmp_path / "in.mp4", shades, 3, uneven)
+    command(tmp_path, monkeypatch, "--video", tmp_path / "in.mp4", "--out", tmp_path / "out", "--min-score", "0.01")
+    with av.open(str(tmp_path / "out" / "in.mp4")) as container:
+        np.testing.assert_allclose([frame.time for frame in container.decode(video=0)], uneven, atol=2e-3)
+    lines = list(csv.reader((tmp_path / "out" / "tubes.csv").open()))
+    (tube, *_), *_ = (actor["tubes"] for actor in json.loads((tmp_path / "out" / "tubes.json").read_text())["actors"])
+    ours = [line for line in lines if line[6] == str(NAMES.index(tube["label"]) + 1) and float(line[7]) == tube["score"]]
+    for frame, box in zip(tube["frames"], tube["boxes"]):
+        (line,) = [line for line in ours if float(line[1]) == pytest.approx(uneven[frame - 1], abs=2e-3)]
+        assert line[0] == "in"
+        np.testing.assert_allclose([float(x) for x in line[2:6]], np.array(box) / [80, 60, 80, 60], atol=2e-3)
+
+
+def test_a_folder_of_videos_is_shared_over_processes_and_goes_on_where_it_was_left(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("av")
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for name in ("a.mp4", "c.avi", "deep/b.mp4"):
+        write_video(tmp_path / "in" / name, 3)
+    (tmp_path / "in" / "broken.mp4").write_bytes((tmp_path / "in" / "a.mp4").read_bytes()[:300])
+    (tmp_path / "in" / "notes.txt").write_text("not looked at")
+    options = ["--video", tmp_path / "in", "--out", tmp_path / "out"]
+    find = visualize.find_videos
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(visualize, "find_videos", lambda sources: find(sources)[1:] + find(sources)[:1])  # broken comes first
+    with pytest.raises(SystemExit, match="1 videos could not be read:\n.*broken.mp4 cannot be read as a video"):
+        command(tmp_path, monkeypatch, *options)
+    first = sorted(path.parent.name for path in (tmp_path / "out").rglob("tubes.json"))
+    assert len(first) == 1
+    monkeypatch.undo()
+    (tmp_path / "in" / "broken.mp4").unlink()
+    capsys.readouterr()
+    command(tmp_path, monkeypatch, *options)
+    assert sorted(path.parent.name for path in (tmp_path / "out").rglob("tubes.json")) == ["a", "b", "c"]
+    said = capsys.readouterr().out
+    assert said.count("is done") == 1 and f"{first[0]}/tubes.json is there" in said
+    write_video(tmp_path / "in" / "deep" / "a.mp4", 3)
+    with pytest.raises(SystemExit, match="several videos are called a"):
+        command(tmp_path, monkeypatch, *options)
+    with pytest.raises(SystemExit, match="no video .* in .*empty"):
+        (tmp_path / "empty").mkdir()
+        command(tmp_path, monkeypatch, "--video", tmp_path / "empty", "--out", tmp_path / "out")
+
+
+def test_videos_that_break_off_or_hold_nothing_are_clear_errors(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    whole = write_video(tmp_path / "in.avi", 60, size=(120, 160)).read_bytes()
+    for name, content, message in [("empty.mp4", b"", "empty.mp4 cannot be read as a video"),
+                                   ("head.avi", whole[:600], "head.avi (cannot be|holds)|the video is empty")]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SystemExit, match=message):
+            command(tmp_path, monkeypatch, "--video", tmp_path / name, "--out", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_content_heads_are_those_of_split_heads(tmp_path, monkeypatch):
+    clip = torch.randn(1, 3, 8, 64, 96)
+    model = VideoActionDetector(replace(CONFIG, quirks=("split_heads",))).eval()
+    layer, seen = model.decoder.classifying[-1], []
+    keep = layer.attention_maps
+    layer.attention_maps = lambda *arguments: seen.append(keep(*arguments)) or seen[-1]
+    with torch.no_grad():
+        both = model(clip, return_attention=True)["attention"].flatten(-2).flatten(0, 2)             # (I, C, N)
+        content = model(clip, return_attention="content")["attention"].flatten(-2).flatten(0, 2)
+    maps = [torch.cat(parts) for parts in zip(*seen[:len(seen) // 2])]                               # (I, M/2, C or 1, N)
+    assert torch.allclose(content, maps[0].mean(1), atol=1e-6)
+    assert torch.allclose(both, (maps[0].mean(1) + maps[1].mean(1)) / 2, atol=1e-6)
+    with pytest.raises(SystemExit, match="--heads content: .*no quirk split_heads"):
+        command(tmp_path, monkeypatch, "--heads", "content", "--clip", "0")
+
+
+def test_sampling_points_are_those_that_the_encoder_samples(monkeypatch):
+    model = VideoActionDetector(CONFIG).eval()
+    layer, calls = model.encoder.layers[-1], []
+    torch.nn.init.normal_(layer.sampling_offsets.weight, std=0.1)
+    torch.nn.init.normal_(layer.attention_weights.weight, std=0.1)
+    sample = encoder.deform_attn_3d_fused
+    monkeypatch.setattr(encoder, "deform_attn_3d_fused", lambda *arguments: calls.append(arguments) or sample(*arguments))
+    points, levels, weights = visualize.sampling_points(model, torch.randn(3, 8, 64, 96), (0.5, 0.99, 0.3), "cpu")
+    _, shapes, references, offsets, logits, scales = calls[0]
+    (t, h, w), cell = shapes[0], (4 * 8 + 7) * 12 + 3                        # of the first map, 8 x 8 x 12
+    assert (t, h, w) == (8, 8, 12)
+    where = references[0, cell][None, :, None] + offsets[0, cell] * scales[:, None]                  # (M, L, P, 3)
+    np.testing.assert_allclose(points, where.reshape(-1, 3).numpy(), atol=1e-6)
+    np.testing.assert_allclose(weights.reshape(CONFIG.num_heads, -1).sum(1), 1 / CONFIG.num_heads, rtol=1e-5)
+    assert levels.reshape(where.shape[:3])[2].tolist() == [[0, 0], [1, 1]]
+    pictures = np.zeros((8, 64, 96, 3), np.uint8)
+    panels = visualize.draw_points(pictures, np.array([[0.3, 0.5, 0.25]]), np.array([1]), np.array([0.25]), (0.5, 0.5, 0.5))
+    assert len(panels) == 8 and [bool(panel[visualize.BAND:].any()) for panel in panels] == [i in (2, 4) for i in range(8)]
+    ring = (panels[2][visualize.BAND:] == visualize.COLOURS[1]).all(-1).nonzero()
+    np.testing.assert_allclose([place.mean() for place in ring], [128, 96], atol=1)                  # of 256 x 384
+
+
 def test_command_line_writes_video_sheet_and_tubes_of_one_s_own_video(tmp_path, capsys, monkeypatch):
     av = pytest.importorskip("av")
-    torch.manual_seed(0)
-    model = VideoActionDetector(CONFIG)
-    content = {"model": model.state_dict(), "config": asdict(CONFIG), "dataset": "synthetic", "classes": NAMES}
-    torch.save(content, tmp_path / "c.pt")
     path = write_video(tmp_path / "in.mp4", 11)
-    monkeypatch.setattr(visualize, "start", lambda device: (torch.device(device), 0))        # no signal handlers here
-    options = ["--ckpt", tmp_path / "c.pt", "--device", "cpu", "--video", path, "--out", tmp_path / "out"]
-    options = [str(option) for option in options]
-    visualize.main([*options, "--min-score", "0.01", "--classes", "sit,run"])
+    options = ["--video", path, "--out", tmp_path / "out"]
+    command(tmp_path, monkeypatch, *options, "--min-score", "0.01", "--classes", "sit,run", "--look-from", "0.5", "0.5")
+    assert Image.open(tmp_path / "out" / "in-points.png").size == (8 * 320, 262)
     assert str(tmp_path / "out" / "in.mp4") in capsys.readouterr().out
     with av.open(str(tmp_path / "out" / "in.mp4")) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == 11 and frames[0].shape == (262, 960, 3)
     assert Image.open(tmp_path / "out" / "in.png").size == (960, 6 * 262)
-    record = json.loads((tmp_path / "out" / "in.json").read_text())
-    assert record["rate"] == 10 and record["classes"] == NAMES and record["actors"], "untrained scores are above 0.01"
+    record = json.loads((tmp_path / "out" / "tubes.json").read_text())
+    assert record["rate"] == 10 and record["size"] == [60, 80] and record["classes"] == NAMES and record["actors"], "untrained scores are above 0.01"
     for actor in record["actors"]:
         for tube in actor["tubes"]:
             assert tube["label"] in NAMES and len(tube["frames"]) == len(tube["boxes"]) >= 4
     with pytest.raises(SystemExit, match="unknown classes fly; .* knows: run, sit, wave"):
-        visualize.main([*options, "--classes", "fly"])
+        command(tmp_path, monkeypatch, *options, "--classes", "fly")
 
 
 def test_readme_s_example_gives_boxes_scores_and_attention(tmp_path, monkeypatch):
