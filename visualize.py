@@ -70,11 +70,10 @@ def upsample(maps, size):
 
 def overlay(picture, maps, colours):
     """Maps (N, H, W) in [0, 1] as light of N colours on the picture (H, W, 3) in dark grey."""
-    grey = picture.mean(-1, keepdims=True) * 0.45                           # (H, W, 1)
-    canvas = np.repeat(grey, 3, -1)                                         # (H, W, 3)
+    grey = picture @ np.full(3, 0.15, np.float32)                           # (H, W)
+    canvas = np.repeat(grey[..., None], 3, -1)                              # (H, W, 3)
     for map, colour in zip(maps, colours):
-        alpha = 0.8 * map[..., None]                                        # (H, W, 1)
-        canvas = canvas * (1 - alpha) + alpha * np.array(colour)
+        canvas += 0.8 * map[..., None] * (np.array(colour, np.float32) - canvas)
     return canvas.round().astype(np.uint8)
 
 
@@ -129,7 +128,8 @@ def save_video(path, pictures, rate, seconds=None):
     import av
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
+        stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001),
+                                      options={"preset": "veryfast"} if codec == "libx264" else {})
         stream.pix_fmt = "yuv420p"                                          # it halves both sides: they must be even
         stream.codec_context.time_base = TICK
         last = -1
