@@ -405,7 +405,7 @@ def write_tubes(out, video, rate, actors, frames, names):
         for tubes, colour in zip(actors, choose_colours(actors))]}
     seconds = dict(zip(frames["number"], frames["seconds"] or np.arange(len(frames["number"])) / rate))
     shares = 1 / np.array([*frames["size"]][::-1] * 2)
-    lines = sorted((seconds[frame], *(box * shares).round(4).tolist(), int(tube["label"]) + 1, round(float(tube["score"]), 4))
+    lines = sorted((seconds[frame], *(box * shares).clip(0, 1).round(4).tolist(), int(tube["label"]) + 1, round(float(tube["score"]), 4))
                    for tubes in actors for tube in tubes for frame, box in zip(tube["frames"].tolist(), tube["boxes"]))
     with open(out / "tubes.csv", "w", newline="") as file:
         csv.writer(file).writerows([video, f"{second:.3f}", *rest] for second, *rest in lines)
