@@ -245,6 +245,14 @@ def test_tubes_shorter_than_half_a_clip_or_fifteen_frames_are_dropped():
     assert [evaluate.shortest_tube(replace(CONFIG, frames=n)) for n in (8, 29, 30, 32, 40)] == [4, 14, 15, 15, 15]
 
 
+def test_link_score_ends_a_tube_where_its_score_falls():
+    dataset = Videos()
+    found = run(Truthful(dataset.targets), dataset)
+    found["class_prob"][(found["video"] == 2) & (found["frame"] > 3)] *= 0.05               # of 14 frames
+    linked = [evaluate.score(found, dataset, replace(CONFIG, link_score=value))["v-mAP@0.5"] for value in (0.0, 0.1)]
+    assert linked[0] == 1 and linked[1] < 1
+
+
 def test_oracles_give_matched_queries_the_truth():
     dataset = Videos()
 
@@ -360,6 +368,13 @@ def test_changes_to_the_config_keep_the_weights(checkpoint):
     assert (config.gate, new.gate, changed.config.gate) == (0.0, 0.25, 0.25) and not changed.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, changed.state_dict()[name]), name
+
+
+def test_multiply_adds_of_attention_are_counted_whatever_kernel_runs_it():
+    """Projections of 3 + 1 D*D a token, and twice N*N*D for the weights and the mixture."""
+    layer, x = nn.MultiheadAttention(16, 4, batch_first=True).eval().requires_grad_(False), torch.randn(2, 10, 16)
+    assert evaluate.multiply_adds(lambda: layer(x, x, x, need_weights=False)) == 2 * (10 * 4 * 16 ** 2 + 2 * 10 ** 2 * 16)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_efficiency_counts_multiply_adds_of_what_is_added():

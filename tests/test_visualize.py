@@ -176,6 +176,22 @@ class Labelled(torch.utils.data.Dataset):
                                "labels": labels, "cause": causes}
 
 
+def test_training_curves_go_through_the_means_of_the_steps(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    figures, init = [], Figure.__init__
+    monkeypatch.setattr(Figure, "__init__", lambda self, *args, **options: figures.append(self) or init(self, *args, **options))
+    lines = [{"epoch": i / 100, "a": float(i), "b": 1.0, "loss": i + 1.0, "lr": 1e-3, "grad_norm": 2.0} for i in range(1, 1202)]
+    history = [{"epoch": e, "f-mAP@0.5": e / 20, "v-mAP@0.2": 0.9, "f-mAP@0.5 own": 0.3} for e in (4, 8, 12)]
+    visualize.training_curves(lines, history, ("a", "b"), tmp_path / "curves.png")
+    parts, loss, rates, maps = figures[0].axes
+    (a, b), curves = parts.get_lines(), {line.get_label(): line for line in maps.get_lines()}
+    np.testing.assert_allclose(a.get_ydata(), np.arange(1, 1201).reshape(-1, 2).mean(1))        # 600 points of two steps
+    assert set(b.get_ydata()) == {1.0} and len(loss.get_lines()) == 1 and len(rates.get_lines()) == 2
+    assert set(curves) == {"f-mAP@0.5", "f-mAP@0.5 own"}
+    np.testing.assert_allclose(curves["f-mAP@0.5"].get_xydata(), [(4, 0.2), (8, 0.4), (12, 0.6)])
+    assert Image.open(tmp_path / "curves.png").size == (960, 560)
+
+
 def test_attention_sheet_has_a_line_per_labelled_actor_and_a_map_per_label(tmp_path):
     model = LooksAt(drift=0.02).train()
     visualize.attention_sheet(model, Labelled(), CONFIG, tmp_path / "new" / "attention.png", "cpu")
