@@ -53,8 +53,7 @@ def check_boxes(box, place):
 
 def check_detections(detections, needed, place):
     """The arrays of `detections` named in `needed`, checked for equal length, finite scores and sound boxes."""
-    missing = [name for name in needed if name not in detections]
-    if missing:
+    if missing := [name for name in needed if name not in detections]:
         raise ValueError(f"{place} lack {missing}; they need {needed}")
     arrays = [np.asarray(detections[name]) for name in needed]
     if len({len(array) for array in arrays}) > 1:
@@ -75,12 +74,10 @@ def check_labels(label, num_classes, place):
 
 def runs(*keys):
     """Starts and lengths of the runs of equal keys (n,). Rows of one frame mostly stand together: one look-up a run."""
-    changed = np.zeros(len(keys[0]), bool)
-    changed[:1] = True
-    for key in keys:
-        changed[1:] |= key[1:] != key[:-1]
+    changed = np.ones(len(keys[0]), bool)
+    changed[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
     starts = np.flatnonzero(changed)
-    return starts, np.diff(np.append(starts, len(changed)))
+    return starts, np.diff(starts, append=len(changed))
 
 
 def find(keys, table, place):
@@ -154,8 +151,9 @@ def nanmean(values):
 
 
 def mean_average_precision(frame, box, score, label, truth, classes, iou, rule, row=None):
-    """-> (mean over the classes with ground truth, {class: AP, NaN without}). frame (n,) and score (n,), or (n, C)
-    where label (n,) is None; box (n, 4), or one of several detections: row (n,) says which. truth: frame, box, label
+    """-> {"mAP": mean over the classes with ground truth, "AP": {class: AP, NaN without}}. frame (n,) and score (n,), or
+    (n, C) where label (n,) is None; box (n, 4), or one of several detections: row (n,) says which. truth: frame, box,
+    label
     """
     truth_frame, truth_box, truth_label = truth
     frames, truth_group = np.unique(truth_frame, return_inverse=True)
@@ -168,7 +166,7 @@ def mean_average_precision(frame, box, score, label, truth, classes, iou, rule, 
         _, first, same = np.unique(np.column_stack([place, boxes]), axis=0, return_index=True, return_inverse=True)
         rank = ranks(score[:, one] if label is None else score[rows])[detection]
         result[one] = float(average_precision(rank, found, overlap, rule, len(place), first[same.ravel()]))
-    return nanmean(list(result.values())), result
+    return {"mAP": nanmean(result.values()), "AP": result}
 
 
 def frame_map(detections, ground_truth, num_classes, iou=0.5):
@@ -188,8 +186,8 @@ def frame_map(detections, ground_truth, num_classes, iou=0.5):
     if not label and score.shape != (len(frame), num_classes):
         raise ValueError(f"detections: scores of shape ({len(frame)}, {num_classes}) expected, got {score.shape}")
     label = label[0] if label else None
-    mean, result = mean_average_precision(frame, box, score, label, truth, range(num_classes), iou, "best")
-    return {"mAP": mean, "AP": np.array(list(result.values()))}
+    result = mean_average_precision(frame, box, score, label, truth, range(num_classes), iou, "best")
+    return {**result, "AP": np.array(list(result["AP"].values()))}
 
 
 # ---- linking boxes to tubes ---------------------------------------------------------------------------------------
@@ -203,8 +201,7 @@ def frame_table(video, frame):
     table = np.full((len(starts), lengths.max(initial=0)), -1, np.int64)
     entry = np.repeat(np.arange(len(starts)), lengths)
     table[entry, np.arange(len(order)) - starts[entry]] = order
-    count = np.bincount(video_index[order][starts], minlength=len(videos))
-    return videos, np.cumsum(count) - count, count, table, frame[order][starts]
+    return videos, *runs(video_index[order][starts]), table, frame[order][starts]
 
 
 def soft_nms(boxes, scores):
@@ -298,10 +295,9 @@ def link_strict(detections, min_score, max_gap, min_length):
     video, frame, box, *scores = detections
     videos, first, count, table, number = frame_table(video, frame)
     tubes, longest = [], np.argsort(-count, kind="stable")
-    for batch in np.split(longest, range(0, len(videos), VIDEOS_AT_ONCE))[1:]:
-        linked = link_batch(first[batch], count[batch], table, number, box, *scores, min_score, max_gap)
-        tube, row, score, tube_video, label = linked
-        tubes += tube_list(tube, row, score, videos[batch][tube_video], label, frame, box, min_length)
+    for batch in np.split(longest, range(0, len(videos), VIDEOS_AT_ONCE))[1:]:       # at: of a tube's video in it
+        tube, row, score, at, label = link_batch(first[batch], count[batch], table, number, box, *scores, min_score, max_gap)
+        tubes += tube_list(tube, row, score, videos[batch][at], label, frame, box, min_length)
     return tubes
 
 
@@ -309,10 +305,9 @@ def best_paths(boxes, scores, present, count=3):
     """Paths through all frames with the largest sum of IoU + s1 + s2 + s1 * s2 / 2 over neighbouring frames, one after
     the other without the boxes of the former, until a frame is empty; P problems side by side.
     boxes (P, T, A, 4), scores and present (P, T, A) -> list of (which of the problems, slots (T,)), an entry a path."""
-    overlap = box_iou(boxes[:, :-1, :, None], boxes[:, 1:, None, :])        # (P, T - 1, A, A)
     first, second = scores[:, :-1, :, None], scores[:, 1:, None, :]
-    edge = overlap + first + second + 0.5 * first * second
-    closed = np.where(present, 0, -np.inf)                                  # (P, T, A), of boxes of former paths, too
+    edge = box_iou(boxes[:, :-1, :, None], boxes[:, 1:, None, :]) + first + second + 0.5 * first * second  # (P, T - 1, A, A)
+    closed = np.where(present, 0, -np.inf)                                  # (P, T, A): no box, or a former path has it
     found, problems, length = [], np.arange(len(scores)), scores.shape[1]
     for _ in range(count):
         total = closed[:, -1]
@@ -453,8 +448,7 @@ def tube_pairs(tubes, truths, protocol):
     for index, tube in enumerate(tubes):
         groups.setdefault((tube["video"], tube["label"]), []).append(index)
     for index, truth in enumerate(truths):
-        group = groups.get((truth["video"], truth["label"]))
-        if group:
+        if group := groups.get((truth["video"], truth["label"])):
             overlap = tube_overlaps([tubes[one] for one in group], truth, protocol)
             pairs.append((np.array(group), np.full(len(group), index), overlap))
     return [np.concatenate(part) for part in zip(*pairs)] or [np.zeros(0, np.int64)] * 2 + [np.zeros(0)]
@@ -610,5 +604,4 @@ def ava_map(detections_csv, ground_truth_csv, label_map, excluded=None, cap=50):
     if cap is not None:
         kept = kept[best_rows(frame[kept], score[kept], cap)]
     frame, score, label, row = (part[kept] for part in (frame, score, label, row))
-    mean, result = mean_average_precision(frame, box, score, label, truth, classes, 0.5, "first", row)
-    return {"mAP": mean, "AP": result}
+    return mean_average_precision(frame, box, score, label, truth, classes, 0.5, "first", row)
