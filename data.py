@@ -83,11 +83,9 @@ def tabulate(classes, videos, num_frames, size, rows, source, persons=True, seco
     label = np.zeros((len(boxes), len(classes)), bool)
     label[np.cumsum(new) - 1, rows[:, 7].astype(np.int64) - 1] = True
     video, frame = boxes[:, :2].astype(np.int64).T
-    actor = np.arange(len(boxes))
-    if persons:
-        actor = video * VIDEO_KEY + np.unique(boxes[:, 2], return_inverse=True)[1]
-        for row in np.flatnonzero((np.diff(boxes[:, :3], axis=0) == 0).all(axis=1)):
-            problems.append(f"{videos[video[row]]} frame {frame[row]}: person {boxes[row, 2]:g} has two boxes")
+    actor = video * VIDEO_KEY + np.unique(boxes[:, 2], return_inverse=True)[1] if persons else np.arange(len(boxes))
+    twice = np.flatnonzero(persons & (np.diff(boxes[:, :3], axis=0) == 0).all(axis=1))
+    problems += [f"{videos[video[r]]} frame {frame[r]}: person {boxes[r, 2]:g} has two boxes" for r in twice]
     if not len(boxes):
         problems.append("the annotation has no boxes")
     return Table(list(classes), list(videos), num_frames, size, video, frame, actor, boxes[:, 3:7].astype(np.float32),
@@ -260,9 +258,8 @@ def read_image(path, expected, least=(4096, 4096)):
             image.draft("RGB", (2 * least[0], 2 * least[1]))
             return image.convert("RGB")
     except FileNotFoundError:
-        found = len(os.listdir(path.parent)) if path.parent.is_dir() else 0
-        raise FileNotFoundError(f"frames missing: {path} ({expected} expected, {found} found); extract them with "
-                                "python -m tools.prepare extract") from None
+        raise FileNotFoundError(f"frames missing: {path} ({expected} expected, {len([*path.parent.glob('*')])} found); "
+                                "extract them with python -m tools.prepare extract") from None
     except (OSError, SyntaxError) as error:         # Pillow raises SyntaxError for a broken PNG
         raise OSError(f"cannot read the image {path}: {error}; extract it again") from error
 
@@ -313,8 +310,7 @@ def find_media(root, videos, rate=None):
     for folder in FRAME_FOLDERS:
         for video in videos if (root / folder).is_dir() else ():
             for pattern in FRAME_PATTERNS if (root / folder / video).is_dir() else ():
-                media = Media(root, folder, pattern)
-                if media.path(video, 1).exists():
+                if (media := Media(root, folder, pattern)).path(video, 1).exists():
                     return media
     found = {name: path for path in video_files(root) for name in (path.stem, f"{path.parent.name}/{path.stem}")}
     files = {video: found.get(video) or found.get(Path(video).name) for video in videos}
@@ -354,12 +350,11 @@ def read_tube_set(name, root, split, train):
         raise ValueError(f"{name} has the splits 1 to {len(splits)}, not {split!r}; choose one with --split")
     listed = dict.fromkeys(splits[split - 1][0 if train else 1])
     chosen = [video for video in listed if video in annotated]
-    tubes = [(index, tube) for index, video in enumerate(chosen) for tube in annotated[video][2]]
-    rows = [np.insert(tube, [0, 1], (index, person), axis=1) for person, (index, tube) in enumerate(tubes)]
+    tubes = [(i, tube) for i, video in enumerate(chosen) for tube in annotated[video][2]]
+    rows = [np.zeros((0, 8)), *(np.insert(tube, [0, 1], (i, person), axis=1) for person, (i, tube) in enumerate(tubes))]
     num_frames, size = ([annotated[video][fact] for video in chosen] for fact in (0, 1))
-    rows = np.concatenate([np.zeros((0, 8)), *rows])
     source = f"{path}, {len(listed) - len(chosen)} of the {len(listed)} listed videos not annotated and left out"
-    return tabulate(classes, chosen, num_frames, size, rows, source), find_media(root, chosen)
+    return tabulate(classes, chosen, num_frames, size, np.concatenate(rows), source), find_media(root, chosen)
 
 
 def read_csv_set(name, root, split, key_frame):
@@ -478,8 +473,8 @@ def render(images, view):
     x, y, width, height = view.crop
     clip = np.empty((3, len(images), height, width), np.float32)
     for t, image in enumerate(images):
-        full, scale = np.array(image.size), np.divide(image.size, view.resized)
-        part = np.minimum(np.array([x, y, x + width, y + height]) * np.tile(scale, 2), np.tile(full, 2)).tolist()
+        part = np.array([x, y, x + width, y + height]) * np.tile(np.divide(image.size, view.resized), 2)
+        part = np.minimum(part, image.size * 2).tolist()                           # a tuple: width, height, twice
         image = image.resize((width, height), Image.Resampling.BICUBIC, box=part)
         frame = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)      # (3, H, W)
         if any(view.jitter):
