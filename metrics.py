@@ -432,7 +432,8 @@ def tube_overlaps(tubes, truth, protocol):
     truth_frames = np.asarray(truth["frames"])[order]
     place = np.minimum(np.searchsorted(truth_frames, frames), len(truth_frames) - 1)
     common = truth_frames[place] == frames
-    iou = np.where(common, box_iou(boxes, np.asarray(truth["boxes"])[order[place]], int(protocol != "strict")), 0)
+    iou = np.zeros(len(frames))
+    iou[common] = box_iou(boxes[common], np.asarray(truth["boxes"])[order[place[common]]], int(protocol != "strict"))
     spatial = np.add.reduceat(iou, starts) / np.maximum(np.add.reduceat(common, starts, dtype=np.int64), 1)
     if protocol == "released_jhmdb":
         return spatial
