@@ -63,10 +63,10 @@ class Table:
     key_frames: np.ndarray         # (K,) int64, video * VIDEO_KEY + frame: all annotated, also without boxes
     seconds: bool                  # frames are numbered by AVA's seconds
     problems: list                 # faults, a line each; a table that has some is not for training
-    source: str = ""               # what was read, in words
+    source: str                    # what was read, in words
 
 
-def tabulate(classes, videos, num_frames, size, rows, persons=True, seconds=False, problems=()):
+def tabulate(classes, videos, num_frames, size, rows, source, persons=True, seconds=False, problems=()):
     """The table of rows (R, 8): index of the video, frame, person, x1, y1, x2, y2, class id (from 1).
 
     Rows that differ in nothing but the class are one box with several labels; a row that is NaN from the person on is a
@@ -83,56 +83,55 @@ def tabulate(classes, videos, num_frames, size, rows, persons=True, seconds=Fals
     label = np.zeros((len(boxes), len(classes)), bool)
     label[np.cumsum(new) - 1, rows[:, 7].astype(np.int64) - 1] = True
     video, frame = boxes[:, :2].astype(np.int64).T
-    actor = np.arange(len(boxes))
-    if persons:
-        actor = video * VIDEO_KEY + np.unique(boxes[:, 2], return_inverse=True)[1]
-        for row in np.flatnonzero((np.diff(boxes[:, :3], axis=0) == 0).all(axis=1)):
-            problems.append(f"{videos[video[row]]} frame {frame[row]}: person {boxes[row, 2]:g} has two boxes")
+    actor = video * VIDEO_KEY + np.unique(boxes[:, 2], return_inverse=True)[1] if persons else np.arange(len(boxes))
+    twice = np.flatnonzero(persons & (np.diff(boxes[:, :3], axis=0) == 0).all(axis=1))
+    problems += [f"{videos[video[r]]} frame {frame[r]}: person {boxes[r, 2]:g} has two boxes" for r in twice]
     if not len(boxes):
         problems.append("the annotation has no boxes")
     return Table(list(classes), list(videos), num_frames, size, video, frame, actor, boxes[:, 3:7].astype(np.float32),
-                 label, key_frames, seconds, problems)
+                 label, key_frames, seconds, problems, source)
 
 
 def row_problems(videos, num_frames, size, rows, num_classes, seconds):
     """A line for each fault of rows (R, 8), see `tabulate`, and for each video without frames."""
-    video = rows[:, 0].astype(np.int64)                                            # (R,)
-    (height, width), count = size[video].T, num_frames[video]                      # (R,) each
-    frame, _, x1, y1, x2, y2, label = rows.T[1:]                                   # (R,) each
+    video, frame, low, high = rows[:, 0].astype(np.int64), rows[:, 1], rows[:, 3:5], rows[:, 5:7]  # (R,) x 2, (R, 2) x 2
+    extent, count = size[video][:, ::-1], num_frames[video]                        # (R, 2) width and height, (R,)
     first, last = AVA_SECONDS if seconds else (1, count)
     slack = 0.005                  # annotations that count pixels from 1 may end one pixel outside
-    outside = (x1 < -slack * width) | (y1 < -slack * height) | (x2 > (1 + slack) * width) | (y2 > (1 + slack) * height)
+    unknown = ~np.isin(rows[:, 7], np.arange(num_classes) + 1)
     faults = {"has a coordinate that is not a number": ~np.isfinite(rows[:, 3:7]).all(axis=1),
-              "has x2 <= x1 or y2 <= y1": (x2 <= x1) | (y2 <= y1), "lies outside of the frame": outside,
+              "has x2 <= x1 or y2 <= y1": (high <= low).any(axis=1),
+              "lies outside of the frame": ((low < -slack * extent) | (high > (1 + slack) * extent)).any(axis=1),
               "is of a frame that is not in the video": (frame < first) | (frame > last),
-              f"has a class id that is not in the class list (1 to {num_classes})":
-              ~np.isin(label, np.arange(num_classes) + 1)}
+              f"has a class id that is not in the class list (1 to {num_classes})": unknown}
     lines = [f"{videos[v]}: the video has no frames" for v in np.flatnonzero(num_frames < 1)]
-    return lines + [f"{videos[video[r]]} frame {frame[r]:g}: box {rows[r, 3:7].tolist()}, class {label[r]:g}, {fault} "
-                    f"(of {width[r]}x{height[r]}, {count[r]} frames)"
+    return lines + [f"{videos[video[r]]} frame {frame[r]:g}: box {rows[r, 3:7].tolist()}, class {rows[r, 7]:g}, {fault} "
+                    f"(of {extent[r, 0]}x{extent[r, 1]}, {count[r]} frames)"
                     for fault, found in faults.items() for r in np.flatnonzero(found)]
 
 
-def tube_rows(video, person, class_id, frames, boxes):
-    """Rows (n, 8) as `tabulate` takes them, of a tube with frames (n,) and boxes (n, 4)."""
-    rows = np.empty((len(frames), 8))
-    rows[:, [0, 2, 7]] = video, person, class_id
-    rows[:, 1], rows[:, 3:7] = frames, boxes
+def tube_rows(frames, boxes, class_id):
+    """Rows (n, 6) of a tube with frames (n,) and boxes (n, 4): frame, x1, y1, x2, y2, class id (from 1)."""
+    rows = np.empty((len(frames), 6))
+    rows[:, 0], rows[:, 1:5], rows[:, 5] = frames, boxes, class_id
     return rows
 
 
 def read_annots_mat(path):
-    """finalAnnots.mat of the corrected UCF101-24: x, y, w, h (x, y from 1) -> x, y, x + w, y + h, not shifted."""
+    """finalAnnots.mat of the corrected UCF101-24 -> {video: (number of frames, size, rows as of `tube_rows` per tube)}.
+
+    x, y, w, h (x, y from 1) -> x, y, x + w, y + h, not shifted.
+    """
     try:
-        entries, rows = loadmat(path)["annot"][0], [np.zeros((0, 8))]
-        for index, entry in enumerate(entries):
+        annotated = {}
+        for entry in loadmat(path)["annot"][0]:
+            tubes = []
             for tube in entry["tubes"].reshape(-1):                                # (1, tubes) -> (tubes,)
                 boxes = tube["boxes"].astype(np.float64).reshape(-1, 4)            # as uint8, x + w would overflow
                 boxes[:, 2:] += boxes[:, :2]
-                frames = np.arange(int(tube["sf"][0, 0]), int(tube["ef"][0, 0]) + 1)
-                rows.append(tube_rows(index, len(rows), tube["class"][0, 0], frames, boxes))
-        videos, num_frames = zip(*((str(entry["name"][0]), int(entry["num_imgs"][0, 0])) for entry in entries))
-        return videos, num_frames, [(240, 320)] * len(videos), np.concatenate(rows)
+                tubes.append(tube_rows(np.arange(tube["sf"].item(), tube["ef"].item() + 1), boxes, tube["class"].item()))
+            annotated[str(entry["name"][0])] = entry["num_imgs"].item(), (240, 320), tubes
+        return annotated
     except Exception as error:      # whatever the reader raises on a damaged or foreign file
         raise ValueError(f"{path} cannot be read ({error!r}); get finalAnnots.mat again") from error
 
@@ -155,19 +154,17 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def read_gttubes(path):
-    """JHMDB-GT.pkl or UCF101v2-GT.pkl -> (class names, its splits: a list of training and test videos each, and videos,
-    num_frames, sizes, rows as of `read_annots_mat`)."""
+    """JHMDB-GT.pkl or UCF101v2-GT.pkl -> (class names, its splits: a list of training and test videos each, and videos
+    as of `read_annots_mat`)."""
     try:
         with open(path, "rb") as file:
             content = PlainUnpickler(file, encoding="latin1").load()
-        videos, rows = list(content["nframes"]), [np.zeros((0, 8))]
-        for index, video in enumerate(videos):
-            for label, tubes in content["gttubes"].get(video, {}).items():
-                for tube in tubes:                                                 # (n, 5): frame and box
-                    rows.append(tube_rows(index, len(rows), label + 1, tube[:, 0], tube[:, 1:]))
-        facts = [[content[key][video] for video in videos] for key in ("nframes", "resolution")]
-        splits = list(zip(content["train_videos"], content["test_videos"]))
-        return content["labels"], splits, videos, *facts, np.concatenate(rows)
+        annotated = {}
+        for video, count in content["nframes"].items():
+            tubes = [tube_rows(tube[:, 0], tube[:, 1:], label + 1)                 # (n, 5): frame and box
+                     for label, several in content["gttubes"].get(video, {}).items() for tube in several]
+            annotated[video] = count, content["resolution"][video], tubes
+        return content["labels"], list(zip(content["train_videos"], content["test_videos"])), annotated
     except Exception as error:      # whatever a damaged or foreign pickle makes it raise
         raise ValueError(f"{path} is no annotation of numpy arrays and plain containers: {error!r}; "
                          "get it again from where the data set is published") from error
@@ -190,11 +187,10 @@ def read_rows(path):
                 if not float(row[1]).is_integer():
                     raise ValueError(f"frame {row[1]!r} is no whole number")
                 frame, *box, label, person = map(float, [*row[1:], *["nan"] * (8 - len(row))])
+                rows.append((np.nan, frame, person, *box, label))
+                names.append(row[0])
             except ValueError as error:
                 problems.append(f"{path} row {line}: {error}")
-                continue
-            names.append(row[0])
-            rows.append((np.nan, frame, person, *box, label))
     return np.array(names, str), np.array(rows).reshape(-1, 8), problems
 
 
@@ -262,9 +258,8 @@ def read_image(path, expected, least=(4096, 4096)):
             image.draft("RGB", (2 * least[0], 2 * least[1]))
             return image.convert("RGB")
     except FileNotFoundError:
-        found = len(os.listdir(path.parent)) if path.parent.is_dir() else 0
-        raise FileNotFoundError(f"frames missing: {path} ({expected} expected, {found} found); extract them with "
-                                "python -m tools.prepare extract") from None
+        raise FileNotFoundError(f"frames missing: {path} ({expected} expected, {len([*path.parent.glob('*')])} found); "
+                                "extract them with python -m tools.prepare extract") from None
     except (OSError, SyntaxError) as error:         # Pillow raises SyntaxError for a broken PNG
         raise OSError(f"cannot read the image {path}: {error}; extract it again") from error
 
@@ -315,12 +310,9 @@ def find_media(root, videos, rate=None):
     for folder in FRAME_FOLDERS:
         for video in videos if (root / folder).is_dir() else ():
             for pattern in FRAME_PATTERNS if (root / folder / video).is_dir() else ():
-                media = Media(root, folder, pattern)
-                if media.path(video, 1).exists():
+                if (media := Media(root, folder, pattern)).path(video, 1).exists():
                     return media
-    found = {}
-    for path in video_files(root):
-        found[path.stem] = found[f"{path.parent.name}/{path.stem}"] = path
+    found = {name: path for path in video_files(root) for name in (path.stem, f"{path.parent.name}/{path.stem}")}
     files = {video: found.get(video) or found.get(Path(video).name) for video in videos}
     return Media(root, files={video: path for video, path in files.items() if path}, rate=rate)
 
@@ -348,28 +340,26 @@ def read_tube_set(name, root, split, train):
     """UCF101-24 or JHMDB51-21: the table of the training or test videos of a split, and where their pixels are."""
     path = find_file(root, *(["JHMDB-GT.pkl"] if name == "jhmdb" else ["finalAnnots.mat", "UCF101v2-GT.pkl"]))
     if path.suffix == ".mat":
-        videos, num_frames, sizes, rows = read_annots_mat(path)
+        annotated = read_annots_mat(path)
         test, listed = read_list(find_file(root, "testlist01.txt")), find_file(root, "trainlist01.txt", needed=False)
-        train_list = read_list(listed) if listed else sorted({*videos} - {*test})
+        train_list = read_list(listed) if listed else sorted({*annotated} - {*test})
         classes, splits = UCF_CLASSES, [([name.split(".avi")[0] for name in train_list], test)]
     else:
-        classes, splits, videos, num_frames, sizes, rows = read_gttubes(path)
+        classes, splits, annotated = read_gttubes(path)
     if split not in range(1, len(splits) + 1):
         raise ValueError(f"{name} has the splits 1 to {len(splits)}, not {split!r}; choose one with --split")
-    listed, index = dict.fromkeys(splits[split - 1][0 if train else 1]), {video: i for i, video in enumerate(videos)}
-    chosen = [video for video in listed if video in index]
-    taken = np.array([index[video] for video in chosen], np.int64)
-    place = np.full(len(videos), -1)                                               # from all videos to the chosen ones
-    place[taken] = np.arange(len(taken))
-    rows[:, 0] = place[rows[:, 0].astype(np.int64)]
-    table = tabulate(classes, chosen, np.array(num_frames)[taken], np.array(sizes)[taken], rows[rows[:, 0] >= 0])
-    table.source = f"{path}, {len(listed) - len(chosen)} of the {len(listed)} listed videos not annotated and left out"
-    return table, find_media(root, chosen)
+    listed = dict.fromkeys(splits[split - 1][0 if train else 1])
+    chosen = [video for video in listed if video in annotated]
+    tubes = [(i, tube) for i, video in enumerate(chosen) for tube in annotated[video][2]]
+    rows = [np.zeros((0, 8)), *(np.insert(tube, [0, 1], (i, person), axis=1) for person, (i, tube) in enumerate(tubes))]
+    num_frames, size = ([annotated[video][fact] for video in chosen] for fact in (0, 1))
+    source = f"{path}, {len(listed) - len(chosen)} of the {len(listed)} listed videos not annotated and left out"
+    return tabulate(classes, chosen, num_frames, size, np.concatenate(rows), source), find_media(root, chosen)
 
 
 def read_csv_set(name, root, split, key_frame):
     """AVA v2.2 or a data set of one's own (docs/own_data.md): the table of a split, and where its pixels are."""
-    ava, extra = name == "ava", None
+    ava = name == "ava"
     if split not in ("train", "val"):
         raise ValueError(f'the splits of {name} are "train" and "val", not {split!r}; choose one with --split')
     path = find_file(root, f"ava_{split}_v2.2.csv" if ava else "annotations.csv")
@@ -395,9 +385,8 @@ def read_csv_set(name, root, split, key_frame):
     size = np.array([(1, 1) if absent else media.size(video) for video in videos]).reshape(-1, 2)
     rows[:, 0] = index
     rows[:, 3:7] *= size[index][:, [1, 0, 1, 0]]                                   # from shares of a frame to pixels
-    table = tabulate(classes, videos, num_frames, size, rows, not key_frame, ava, problems)
-    table.source = f"{path} without {(~kept).sum()} rows by {extra or 'no list of excluded seconds'}"
-    return table, media
+    source = f"{path} without {(~kept).sum()} rows by {extra or 'no list of excluded seconds'}"
+    return tabulate(classes, videos, num_frames, size, rows, source, not key_frame, ava, problems), media
 
 
 def read_dataset(name, root, split, key_frame, train):
@@ -465,9 +454,8 @@ def jitter_colours(frame, shift):
     value = np.maximum(np.maximum(red, green), blue)
     chroma = value - np.minimum(np.minimum(red, green), blue)
     scale = 1 / np.maximum(chroma, np.float32(1e-3))
-    hue = np.where(value == red, (green - blue) * scale,
-                   np.where(value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale))  # (H, W) in -1..5
-    hue += np.float32(shift[0] / 30)
+    hue = np.where(value == red, (green - blue) * scale,                           # (H, W) in -1..5, before the shift
+                   np.where(value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale)) + np.float32(shift[0] / 30)
     saturation = np.clip(chroma / np.maximum(value, np.float32(1e-3)) + np.float32(shift[1] / 255), 0, 1)
     value = np.clip(value + np.float32(shift[2]), 0, 255)
     chroma = value * saturation
@@ -485,8 +473,8 @@ def render(images, view):
     x, y, width, height = view.crop
     clip = np.empty((3, len(images), height, width), np.float32)
     for t, image in enumerate(images):
-        full, scale = np.array(image.size), np.divide(image.size, view.resized)
-        part = np.minimum(np.array([x, y, x + width, y + height]) * np.tile(scale, 2), np.tile(full, 2)).tolist()
+        part = np.array([x, y, x + width, y + height]) * np.tile(np.divide(image.size, view.resized), 2)
+        part = np.minimum(part, image.size * 2).tolist()                           # a tuple: width, height, twice
         image = image.resize((width, height), Image.Resampling.BICUBIC, box=part)
         frame = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)      # (3, H, W)
         if any(view.jitter):
@@ -550,9 +538,8 @@ class ClipDataset:
         numbers = frame_ids[slots]                                                 # ascending
         begin, end = np.searchsorted(self.key, video * VIDEO_KEY + numbers[[0, -1]] + [0, 1])
         found = np.searchsorted(numbers, table.frame[begin:end])                   # of each box, its place in numbers
-        taken = numbers[found] == table.frame[begin:end]                           # a sampling rate leaves some out
         box, visible = view_boxes(table.box[begin:end], table.size[video], view)
-        rows = np.flatnonzero(taken & visible)
+        rows = np.flatnonzero(visible & (numbers[found] == table.frame[begin:end]))   # a sampling rate leaves some out
         actors, actor = np.unique(table.actor[begin + rows], return_inverse=True)
         at, shape = (actor, slots[found[rows]]), (len(actors), len(frame_ids))     # N, T
         boxes, present = np.zeros((*shape, 4), np.float32), np.zeros(shape, bool)
@@ -577,9 +564,8 @@ class ClipDataset:
         row, label = row[order], label[order]
         steps = np.diff([table.actor[row], label, table.frame[row]])               # (3, rows - 1)
         breaks = np.flatnonzero((steps != [[0], [0], [1]]).any(axis=0)) + 1
-        tubes = [{"video": int(table.video[run[0]]), "label": int(kind), "score": 1.0, "frames": table.frame[run],
-                  "boxes": table.box[run]} for run, kind in zip(np.split(row, breaks), label[np.r_[0, breaks]])]
-        return frames, tubes
+        return frames, [{"video": int(table.video[run[0]]), "label": int(kind), "score": 1.0, "frames": table.frame[run],
+                         "boxes": table.box[run]} for run, kind in zip(np.split(row, breaks), label[np.r_[0, breaks]])]
 
 
 def build_dataset(name, root, split, config, train):
@@ -600,8 +586,7 @@ def build_dataset(name, root, split, config, train):
                          "check lists all), the first:\n  " + "\n  ".join(table.problems[:5]))
     dataset = ClipDataset(name, table, media, config, train)
     if os.environ.get("RANK", "0") == "0":
-        counts = f"{len(table.videos)} videos, {len(table.frame)} boxes, {len(dataset)} clips"
-        print(f"{name}: {counts}; {table.source}; {media}")
+        print(f"{name}: {len(table.videos)} videos, {len(table.frame)} boxes, {len(dataset)} clips; {table.source}; {media}")
     return dataset
 
 

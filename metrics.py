@@ -53,8 +53,7 @@ def check_boxes(box, place):
 
 def check_detections(detections, needed, place):
     """The arrays of `detections` named in `needed`, checked for equal length, finite scores and sound boxes."""
-    missing = [name for name in needed if name not in detections]
-    if missing:
+    if missing := [name for name in needed if name not in detections]:
         raise ValueError(f"{place} lack {missing}; they need {needed}")
     arrays = [np.asarray(detections[name]) for name in needed]
     if len({len(array) for array in arrays}) > 1:
@@ -75,12 +74,10 @@ def check_labels(label, num_classes, place):
 
 def runs(*keys):
     """Starts and lengths of the runs of equal keys (n,). Rows of one frame mostly stand together: one look-up a run."""
-    changed = np.zeros(len(keys[0]), bool)
-    changed[:1] = True
-    for key in keys:
-        changed[1:] |= key[1:] != key[:-1]
+    changed = np.ones(len(keys[0]), bool)
+    changed[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
     starts = np.flatnonzero(changed)
-    return starts, np.diff(np.append(starts, len(changed)))
+    return starts, np.diff(starts, append=len(changed))
 
 
 def find(keys, table, place):
@@ -91,15 +88,14 @@ def find(keys, table, place):
         raise ValueError(f"{place}: {keys.dtype} in detections, {table.dtype} in ground truth; none would match")
     starts, lengths = runs(keys)
     position = np.minimum(np.searchsorted(table, keys[starts]), len(table) - 1)
-    position = np.where(table[position] == keys[starts], position, -1).astype(np.int32)
-    return np.repeat(position, lengths)
+    return np.repeat(np.where(table[position] == keys[starts], position, -1).astype(np.int32), lengths)
 
 
 # ---- matching and average precision, the same for boxes and tubes -------------------------------------------------
 
-def true_positives(rank, truth, iou, rule, original=None):
-    """Ranks of the detections that find a ground truth, ascending. Pairs (p,): rank of the detection by descending
-    score, ground truth, their IoU, all at or above the threshold.
+def average_precision(rank, truth, iou, rule, num_truth, original):
+    """Area under the all-point precision envelope of pairs (p,): rank of the detection by descending score (from 0),
+    ground truth, their IoU, all at or above the threshold. num_truth: number of ground truths, found or not.
 
     rule "best": a detection takes its best ground truth, among equal ones one that is still free; "first": among equal
     ones the first (the official AVA script); "free": its best of those that are still free (class-query-vad's tubes).
@@ -107,7 +103,7 @@ def true_positives(rank, truth, iou, rule, original=None):
     a detection takes the second copy only if it is that very box or tube: the truth itself scores 1, and of two
     different boxes around the one actor the second is a false positive, as with every peer.
     """
-    if original is not None:
+    if rule == "best":
         truth = np.where(iou < 1, original[truth], truth)
     order = np.lexsort((truth, -iou, rank))
     rank, truth, iou = rank[order], truth[order], iou[order]
@@ -115,20 +111,13 @@ def true_positives(rank, truth, iou, rule, original=None):
     keep = {"free": slice(None), "first": starts, "best": iou == np.repeat(iou[starts], lengths)}[rule]
     rank, truth = rank[keep], truth[keep]
     # A ground truth that is nobody's alternative goes to the first who asks; only the others depend on the sequence.
-    several = np.isin(rank, rank[1:][rank[1:] == rank[:-1]])
-    contested = np.isin(truth, truth[several])
-    hits = rank[~contested][np.unique(truth[~contested], return_index=True)[1]].tolist()
-    taken, served = set(), -1
+    contested = np.isin(truth, truth[np.isin(rank, rank[1:][rank[1:] == rank[:-1]])])
+    _, first = np.unique(truth[~contested], return_index=True)
+    served, last = {}, -1               # ground truth -> rank of the detection that takes it; the last such rank
     for one_rank, one_truth in zip(rank[contested].tolist(), truth[contested].tolist()):
-        if one_rank != served and one_truth not in taken:
-            taken.add(one_truth)
-            served = one_rank
-            hits.append(one_rank)
-    return np.sort(np.asarray(hits, np.int64))
-
-
-def average_precision(hits, num_truth):
-    """Area under the all-point precision envelope; hits: ascending ranks (from 0) of the true positives."""
+        if one_rank != last and one_truth not in served:
+            served[one_truth] = last = one_rank
+    hits = np.sort(np.append(rank[~contested][first], list(served.values())))          # ranks of the true positives
     precision = np.arange(1, len(hits) + 1) / (hits + 1.0)
     return np.maximum.accumulate(precision[::-1]).sum() / num_truth     # one division: a perfect result is exactly 1
 
@@ -150,8 +139,7 @@ def overlapping_pairs(group, box, truth_group, truth_box, num_groups, threshold)
     start = np.cumsum(count) - count
     several = count[group]
     detection = np.repeat(np.arange(len(group)), several)
-    place = np.arange(len(detection)) - np.repeat(np.cumsum(several) - several, several)
-    truth = by_group[start[group[detection]] + place]
+    truth = by_group[np.arange(len(detection)) + (start[group] - np.cumsum(several) + several)[detection]]
     iou = box_iou(box[detection], truth_box[truth])
     keep = iou >= threshold
     return detection[keep], truth[keep], iou[keep]
@@ -163,8 +151,9 @@ def nanmean(values):
 
 
 def mean_average_precision(frame, box, score, label, truth, classes, iou, rule, row=None):
-    """-> (mean over the classes with ground truth, {class: AP, NaN without}). frame (n,) and score (n,), or (n, C)
-    where label (n,) is None; box (n, 4), or one of several detections: row (n,) says which. truth: frame, box, label
+    """-> {"mAP": mean over the classes with ground truth, "AP": {class: AP, NaN without}}. frame (n,) and score (n,), or
+    (n, C) where label (n,) is None; box (n, 4), or one of several detections: row (n,) says which. truth: frame, box,
+    label
     """
     truth_frame, truth_box, truth_label = truth
     frames, truth_group = np.unique(truth_frame, return_inverse=True)
@@ -176,9 +165,8 @@ def mean_average_precision(frame, box, score, label, truth, classes, iou, rule, 
         detection, found, overlap = overlapping_pairs(group[rows], own, place, boxes, len(frames), iou)
         _, first, same = np.unique(np.column_stack([place, boxes]), axis=0, return_index=True, return_inverse=True)
         rank = ranks(score[:, one] if label is None else score[rows])[detection]
-        hits = true_positives(rank, found, overlap, rule, first[same.ravel()] if rule == "best" else None)
-        result[one] = float(average_precision(hits, len(place)))
-    return nanmean(list(result.values())), result
+        result[one] = float(average_precision(rank, found, overlap, rule, len(place), first[same.ravel()]))
+    return {"mAP": nanmean(result.values()), "AP": result}
 
 
 def frame_map(detections, ground_truth, num_classes, iou=0.5):
@@ -198,8 +186,8 @@ def frame_map(detections, ground_truth, num_classes, iou=0.5):
     if not label and score.shape != (len(frame), num_classes):
         raise ValueError(f"detections: scores of shape ({len(frame)}, {num_classes}) expected, got {score.shape}")
     label = label[0] if label else None
-    mean, result = mean_average_precision(frame, box, score, label, truth, range(num_classes), iou, "best")
-    return {"mAP": mean, "AP": np.array(list(result.values()))}
+    result = mean_average_precision(frame, box, score, label, truth, range(num_classes), iou, "best")
+    return {**result, "AP": np.array(list(result["AP"].values()))}
 
 
 # ---- linking boxes to tubes ---------------------------------------------------------------------------------------
@@ -213,8 +201,7 @@ def frame_table(video, frame):
     table = np.full((len(starts), lengths.max(initial=0)), -1, np.int64)
     entry = np.repeat(np.arange(len(starts)), lengths)
     table[entry, np.arange(len(order)) - starts[entry]] = order
-    count = np.bincount(video_index[order][starts], minlength=len(videos))
-    return videos, np.cumsum(count) - count, count, table, frame[order][starts]
+    return videos, *runs(video_index[order][starts]), table, frame[order][starts]
 
 
 def soft_nms(boxes, scores):
@@ -222,19 +209,16 @@ def soft_nms(boxes, scores):
     with IoU > 0.6 by 1 - IoU, once a box; the best of them then are kept.
     boxes (V, A, 4), scores (V, C, A), -1: no box -> slots and scores (V, C, K) in descending order."""
     overlap = box_iou(boxes[:, :, None], boxes[:, None], plus_one=1)        # (V, A, A)
-    near, factor = overlap > SOFT_NMS_IOU, 1 - overlap
+    near, factor = (overlap > SOFT_NMS_IOU) & ~np.eye(overlap.shape[1], dtype=bool), 1 - overlap
     video, label = np.ogrid[:scores.shape[0], :scores.shape[1]]
     order = np.argsort(-scores, axis=2, kind="stable")
     touched = scores < 0
-    decay = np.ones_like(scores)
     for place in range(scores.shape[2]):
         box = order[..., place]                                             # (V, C)
         hit = near[video, box] & ~(touched | touched[video, label, box][..., None])     # (V, C, A)
-        hit[video, label, box] = False
-        decay = np.where(hit, factor[video, box], decay)
+        scores = np.where(hit, scores * factor[video, box], scores)
         touched |= hit
         touched[video, label, box] = True
-    scores = scores * decay
     slots = np.argsort(-scores, axis=2, kind="stable")[..., :KEPT_BOXES]
     return slots, np.take_along_axis(scores, slots, 2)
 
@@ -244,15 +228,12 @@ def assign(tube_box, alive, tube_order, boxes, present):
     IoU >= 0.5 with theirs. tube_box (V, C, L, 4), alive and tube_order (V, C, L), boxes (V, C, K, 4), present
     (V, C, K) -> owner (V, C, K): the tube a box goes to, -1: none."""
     fits = box_iou(tube_box[..., :, None, :], boxes[..., None, :, :]) >= LINK_IOU   # (V, C, L, K)
-    fits = np.take_along_axis(fits & alive[..., None], tube_order[..., None], 2)
+    fits = np.take_along_axis(fits & alive[..., None] & present[:, :, None], tube_order[..., None], 2)
     owner = np.full(present.shape, -1)
-    free = present.copy()
     for place in range(tube_order.shape[2]):
-        can = fits[:, :, place] & free                                      # (V, C, K)
+        can = fits[:, :, place] & (owner < 0)                               # (V, C, K)
         one = np.nonzero(can.any(2))
-        box = can[one].argmax(1)
-        owner[one + (box,)] = tube_order[..., place][one]
-        free[one + (box,)] = False
+        owner[one + (can[one].argmax(1),)] = tube_order[..., place][one]
     return owner
 
 
@@ -279,17 +260,15 @@ def link_batch(first, count, table, number, box, class_prob, conf, min_score, ma
         alive = (live["tube"] >= 0) & (now - live["last"] <= max_gap)       # (V, C, L)
         mean = np.where(alive, live["total"] / live["length"], -1.0)
         owner = assign(live["box"], alive, np.argsort(-mean, axis=2, kind="stable"), boxes, present)
-        joined = owner >= 0
-        fresh = present & ~joined
-        before = {name: np.where(joined, np.take_along_axis(live[name], np.maximum(owner, 0), 2), 0)
-                  for name in ("tube", "total", "length")}
-        tube = np.where(joined, before["tube"], -1)
+        fresh = present & (owner < 0)
+        tube, total, length = (np.where(owner < 0, none, np.take_along_axis(live[name], owner, 2))
+                               for name, none in (("tube", -1), ("total", 0), ("length", 0)))
         tube[fresh] = tubes + np.arange(np.count_nonzero(fresh))
         tubes += np.count_nonzero(fresh)
         born.append(np.stack(np.nonzero(fresh)[:2]).astype(np.int32))
         linked.append((tube[present].astype(np.int32), rows[present].astype(np.int32), values[present]))
-        state = {"tube": tube, "box": boxes, "last": np.broadcast_to(now, tube.shape),
-                 "total": before["total"] + values, "length": before["length"] + 1}
+        state = {"tube": tube, "box": boxes, "last": np.broadcast_to(now, tube.shape), "total": total + values,
+                 "length": length + 1}
         # Behind the tubes of this frame's boxes stand those of the last max_gap - 1 frames that got none here.
         waiting = {name: array[:, :, :kept * (max_gap - 1)] for name, array in live.items()}
         waiting["tube"] = np.where((waiting["tube"][..., None] == tube[:, :, None]).any(3), -1, waiting["tube"])
@@ -304,38 +283,33 @@ def tube_list(tube, row, score, video, label, frame, box, min_length):
     order = np.argsort(tube, kind="stable")
     tube, row = tube[order], row[order]
     starts, lengths = runs(tube)
-    mean = np.add.reduceat(score[order], starts) / lengths if len(tube) else np.zeros(0)
+    mean = np.add.reduceat(score[order], starts) / lengths
     keep = (frame[row[starts + lengths - 1]] - frame[row[starts]] + 1 >= min_length) & (mean >= MIN_TUBE_SCORE)
-    row, lengths = row[np.repeat(keep, lengths)], lengths[keep]
-    frames, boxes, ends = frame[row], box[row], np.cumsum(lengths)
-    return [{"video": one_video, "label": one_label, "score": one_score, "frames": frames[start:end],
-             "boxes": boxes[start:end]} for one_video, one_label, one_score, start, end in
-            zip(*(part.tolist() for part in (video[keep], label[keep], mean[keep], ends - lengths, ends)))]
+    row, ends = row[np.repeat(keep, lengths)], np.cumsum(lengths[keep])
+    facts = (part[keep].tolist() for part in (video, label, mean))
+    tubes = zip(*facts, np.split(frame[row], ends), np.split(box[row], ends))
+    return [dict(zip(("video", "label", "score", "frames", "boxes"), tube)) for tube in tubes]
 
 
 def link_strict(detections, min_score, max_gap, min_length):
-    video, frame, box, class_prob, conf = detections
+    video, frame, box, *scores = detections
     videos, first, count, table, number = frame_table(video, frame)
-    longest = np.argsort(-count, kind="stable")
-    tubes = []
-    for start in range(0, len(videos), VIDEOS_AT_ONCE):
-        batch = longest[start:start + VIDEOS_AT_ONCE]
-        tube, row, score, tube_video, label = link_batch(first[batch], count[batch], table, number, box, class_prob,
-                                                         conf, min_score, max_gap)
-        tubes += tube_list(tube, row, score, videos[batch][tube_video], label, frame, box, min_length)
+    tubes, longest = [], np.argsort(-count, kind="stable")
+    for batch in np.split(longest, range(0, len(videos), VIDEOS_AT_ONCE))[1:]:       # at: of a tube's video in it
+        tube, row, score, at, label = link_batch(first[batch], count[batch], table, number, box, *scores, min_score, max_gap)
+        tubes += tube_list(tube, row, score, videos[batch][at], label, frame, box, min_length)
     return tubes
 
 
 def best_paths(boxes, scores, present, count=3):
     """Paths through all frames with the largest sum of IoU + s1 + s2 + s1 * s2 / 2 over neighbouring frames, one after
     the other without the boxes of the former, until a frame is empty; P problems side by side.
-    boxes (P, T, A, 4), scores and present (P, T, A) -> list of (which (p,), slots (p, T)), an entry a path."""
-    overlap = box_iou(boxes[:, :-1, :, None], boxes[:, 1:, None, :])        # (P, T - 1, A, A)
+    boxes (P, T, A, 4), scores and present (P, T, A) -> list of (which of the problems, slots (T,)), an entry a path."""
     first, second = scores[:, :-1, :, None], scores[:, 1:, None, :]
-    edge = overlap + first + second + 0.5 * first * second
+    edge = box_iou(boxes[:, :-1, :, None], boxes[:, 1:, None, :]) + first + second + 0.5 * first * second  # (P, T - 1, A, A)
+    closed = np.where(present, 0, -np.inf)                                  # (P, T, A): no box, or a former path has it
     found, problems, length = [], np.arange(len(scores)), scores.shape[1]
     for _ in range(count):
-        closed = np.where(present, 0, -np.inf)                              # (P, T, A)
         total = closed[:, -1]
         following = np.zeros(scores.shape, np.int64)
         for step in range(length - 2, -1, -1):
@@ -346,10 +320,9 @@ def best_paths(boxes, scores, present, count=3):
         slots[:, 0] = total.argmax(1)
         for step in range(length - 1):
             slots[:, step + 1] = following[problems, step, slots[:, step]]
-        complete = np.flatnonzero(present.any(2).all(1))
-        found.append((complete, slots[complete]))
-        present = present.copy()
-        present[problems[:, None], np.arange(length), slots] = False
+        complete = np.flatnonzero((closed == 0).any(2).all(1))
+        found += zip(complete, slots[complete])
+        closed[problems[:, None], np.arange(length), slots] = -np.inf
     return found
 
 
@@ -381,9 +354,8 @@ def released_tubes(rows, box, scores, enters, protocol):
     rows = rows[borrowed]                                                   # (P, T, A)
     scores = scores.transpose(2, 0, 1)[labels[:, None], borrowed]           # (P, T, A)
     paths = {}
-    for which, slots in best_paths(box[rows], scores, enters[labels[:, None], borrowed]):
-        for one, row, score in zip(which, rows[which[:, None], steps, slots], scores[which[:, None], steps, slots]):
-            paths.setdefault(one, []).append((score, box[row]))
+    for one, slots in best_paths(box[rows], scores, enters[labels[:, None], borrowed]):
+        paths.setdefault(one, []).append((scores[one, steps, slots], box[rows[one, steps, slots]]))
     tubes = []
     for one, candidates in paths.items():
         kept = []
@@ -408,13 +380,12 @@ def link_released(detections, protocol, num_frames):
                              f"but 1..{length} are its frames (num_frames)")
         rows = np.full((length, table.shape[1]), -1)
         rows[number[start:end] - 1] = table[start:end]
-        enters = np.repeat((rows >= 0)[..., None], class_prob.shape[1], 2)  # (T, A, C)
+        prob, person = class_prob[rows], conf[rows][..., None]              # (T, A, C), (T, A, 1)
+        enters = np.repeat((rows >= 0)[..., None], prob.shape[2], 2)        # (T, A, C)
         if protocol == "released_ucf":
-            enters &= (class_prob[rows].argmax(2)[..., None] == np.arange(class_prob.shape[1]))
-            enters &= (conf[rows] >= 0.7)[..., None]
-        scores = class_prob[rows] * conf[rows][..., None].astype(np.float64)
+            enters &= (prob.argmax(2)[..., None] == np.arange(prob.shape[2])) & (person >= 0.7)
         tubes += [{"video": one, "protocol": protocol, **tube}
-                  for tube in released_tubes(rows, box, scores, enters, protocol)]
+                  for tube in released_tubes(rows, box, prob * person.astype(np.float64), enters, protocol)]
     return tubes
 
 
@@ -455,8 +426,7 @@ def link_tubes(detections, protocol="strict", min_score=0.0, max_gap=1, min_leng
 
 def tube_overlaps(tubes, truth, protocol):
     """Spatio-temporal IoU of every tube with one ground truth (table above) -> (number of tubes,)"""
-    lengths = np.array([len(tube["frames"]) for tube in tubes])
-    starts = np.cumsum(lengths) - lengths
+    starts = np.cumsum([0, *(len(tube["frames"]) for tube in tubes[:-1])])
     frames, boxes = (np.concatenate([tube[name] for tube in tubes]) for name in ("frames", "boxes"))
     order = np.argsort(truth["frames"], kind="stable")
     truth_frames = np.asarray(truth["frames"])[order]
@@ -470,8 +440,7 @@ def tube_overlaps(tubes, truth, protocol):
     first, last = np.minimum.reduceat(frames, starts), np.maximum.reduceat(frames, starts)
     overlap = np.minimum(last, truth_frames[-1]) - np.maximum(first, truth_frames[0]) + 1
     union = np.maximum(last, truth_frames[-1]) - np.minimum(first, truth_frames[0]) + 1
-    overlap = np.where(overlap > int(protocol == "released_ucf"), overlap, 0)
-    return spatial * overlap / union
+    return np.where(overlap > (protocol == "released_ucf"), spatial * overlap / union, 0)
 
 
 def tube_pairs(tubes, truths, protocol):
@@ -480,8 +449,7 @@ def tube_pairs(tubes, truths, protocol):
     for index, tube in enumerate(tubes):
         groups.setdefault((tube["video"], tube["label"]), []).append(index)
     for index, truth in enumerate(truths):
-        group = groups.get((truth["video"], truth["label"]))
-        if group:
+        if group := groups.get((truth["video"], truth["label"])):
             overlap = tube_overlaps([tubes[one] for one in group], truth, protocol)
             pairs.append((np.array(group), np.full(len(group), index), overlap))
     return [np.concatenate(part) for part in zip(*pairs)] or [np.zeros(0, np.int64)] * 2 + [np.zeros(0)]
@@ -507,6 +475,7 @@ def video_map(tubes, ground_truth_tubes, num_classes, iou=0.5, protocol=None):
     the table above. None: the protocol the tubes were linked by, strict for tubes that do not say.
     """
     protocol = full_name(protocol or (tubes[0].get("protocol", "strict") if len(tubes) else "strict"), num_classes)
+    rule, missing, surplus = ("best", np.nan, 0) if protocol == "strict" else ("free", 0.0, 1e-5)
     thresholds = np.atleast_1d(np.asarray(iou, np.float64))
     labels = check_tubes(tubes, num_classes, "tube")
     truth_labels = check_tubes(ground_truth_tubes, num_classes, "ground-truth tube")
@@ -516,16 +485,14 @@ def video_map(tubes, ground_truth_tubes, num_classes, iou=0.5, protocol=None):
             for truth in ground_truth_tubes]
     original = np.array([copies.setdefault(key, index) for index, key in enumerate(keys)], np.int64)
     tube, truth, overlap = tube_pairs(tubes, ground_truth_tubes, protocol)
-    result = np.full((len(thresholds), num_classes), np.nan if protocol == "strict" else 0.0)
+    result = np.full((len(thresholds), num_classes), missing)
     rank = np.empty(len(tubes), np.int64)
     for label in np.unique(truth_labels).tolist():
         rank[labels == label] = ranks(scores[labels == label])
-        number = np.count_nonzero(truth_labels == label) + (0 if protocol == "strict" else 1e-5)
+        number = np.count_nonzero(truth_labels == label) + surplus
         for row, threshold in zip(result, thresholds):
             keep = (truth_labels[truth] == label) & (overlap >= threshold)
-            pairs = rank[tube[keep]], truth[keep], overlap[keep]
-            hits = true_positives(*pairs, "best", original) if protocol == "strict" else true_positives(*pairs, "free")
-            row[label] = average_precision(hits, number)
+            row[label] = average_precision(rank[tube[keep]], truth[keep], overlap[keep], rule, number, original)
     return {"mAP": nanmean([nanmean(row) for row in result]), "AP": result.mean(0)}
 
 
@@ -558,10 +525,9 @@ def read_ava_csv(path, kind):
             videos.append(sys.intern(row[0]))
             lines.append(line)
     numbers = np.array(values).reshape(-1, used - 1)
-    whole = numbers[:, [0] if used == 2 else [0, 5]]
     for what, bad in (("a number that is not finite", ~np.isfinite(numbers).all(1)),
                       ("x2 < x1 or y2 < y1", (numbers[:, 3:5] < numbers[:, 1:3]).any(1)),
-                      ("a timestamp or action_id that is not a whole number", (whole != np.floor(whole)).any(1))):
+                      ("a timestamp or action_id that is not a whole number", np.modf(numbers[:, ::5])[0].any(1))):
         if bad.any():
             raise fault(lines[bad.argmax()], what)
     table = {"video": np.array(videos, object), "timestamp": numbers[:, 0].astype(np.int64)}
@@ -593,9 +559,8 @@ def best_rows(frame, score, cap):
     order = np.argsort(frame, kind="stable")
     starts, _ = runs(frame[order])
     mask = np.zeros(len(frame), bool)
-    bounds = starts[::max(1, (len(starts) << 22) // max(len(frame), 1))]    # whole frames, some 4 M rows at once
-    for begin, end in zip(bounds, np.append(bounds, len(frame))[1:]):
-        rows = order[begin:end]
+    step = max(1, (len(starts) << 22) // max(len(frame), 1))                # whole frames, some 4 M rows at once
+    for rows in np.split(order, starts[step::step]):
         rows = rows[np.lexsort((-score[rows], frame[rows]))]
         first, lengths = runs(frame[rows])
         mask[rows[np.arange(len(rows)) - np.repeat(first, lengths) < cap]] = True
@@ -640,5 +605,4 @@ def ava_map(detections_csv, ground_truth_csv, label_map, excluded=None, cap=50):
     if cap is not None:
         kept = kept[best_rows(frame[kept], score[kept], cap)]
     frame, score, label, row = (part[kept] for part in (frame, score, label, row))
-    mean, result = mean_average_precision(frame, box, score, label, truth, classes, 0.5, "first", row)
-    return {"mAP": mean, "AP": result}
+    return mean_average_precision(frame, box, score, label, truth, classes, 0.5, "first", row)

@@ -27,13 +27,11 @@ from tqdm import tqdm
 import data
 from model import PRESETS
 
-# (data set, split): videos, tubes, boxes, frames; of ucf and jhmdb in training and test
-PUBLISHED = {
-    ("ucf", 1, True): (2284, 3143, 403282, 395868), ("ucf", 1, False): (910, 1315, 170580, 159289),
-    ("jhmdb", 1, True): (660, 660, 22713, 22713), ("jhmdb", 1, False): (268, 268, 9139, 9139),
-    ("jhmdb", 2, True): (658, 658, 22895, 22895), ("jhmdb", 2, False): (270, 270, 8957, 8957),
-    ("jhmdb", 3, True): (663, 663, 22807, 22807), ("jhmdb", 3, False): (265, 265, 9045, 9045),
-}
+# (data set, split, training or test): videos, tubes, boxes, frames; all splits of ucf and jhmdb, in the order of check
+PUBLISHED = {("ucf", 1, True): (2284, 3143, 403282, 395868), ("ucf", 1, False): (910, 1315, 170580, 159289),
+             ("jhmdb", 1, True): (660, 660, 22713, 22713), ("jhmdb", 1, False): (268, 268, 9139, 9139),
+             ("jhmdb", 2, True): (658, 658, 22895, 22895), ("jhmdb", 2, False): (270, 270, 8957, 8957),
+             ("jhmdb", 3, True): (663, 663, 22807, 22807), ("jhmdb", 3, False): (265, 265, 9045, 9045)}
 # where extract puts the frames of a video and what it calls them
 LAYOUTS = {"ucf": ("rgb-images/{group}/{stem}", "{:05d}.jpg"), "jhmdb": ("Frames/{group}/{stem}", "{:05d}.png"),
            "ava": ("frames/{stem}", "{stem}_{:06d}.jpg"), "custom": ("frames/{stem}", "{:05d}.jpg")}
@@ -70,12 +68,11 @@ def extract(args):
     """The videos below args.data as a tree of frames; returns the exit status."""
     folder, pattern = LAYOUTS[args.dataset]
     rate = data.AVA_RATE if args.dataset == "ava" else None
-    jobs, ready = {}, 0
+    jobs = {}
     for path in data.video_files(Path(args.data)):
         target = Path(args.data) / folder.format(group=path.parent.name, stem=path.stem)
         if target in jobs:
             raise SystemExit(f"{path} and {jobs[target]} would both go to {target}; rename one of them")
-        ready += target.is_dir()
         jobs[target] = path
     if not jobs:
         raise SystemExit(f"no videos ({', '.join(data.VIDEO_SUFFIXES)}) below {args.data}")
@@ -84,21 +81,21 @@ def extract(args):
     with ProcessPoolExecutor(args.workers) as pool:
         running = [pool.submit(extract_video, path, target, pattern, rate) for target, path in todo.items()]
         for result in tqdm(running, "videos", disable=None):
-            if isinstance(result.exception(), OSError):
-                faults.append(str(result.exception()))
-                continue
-            count, remark = result.result()
-            frames += count
-            if remark:
-                tqdm.write(remark)
-    print("\n".join([*faults, f"{len(todo) - len(faults)} videos, {frames} frames written below {args.data}; {ready} "
-                     f"were there before; {len(faults)} cannot be read"]))
+            try:
+                count, remark = result.result()
+                frames += count
+                if remark:
+                    tqdm.write(remark)
+            except OSError as error:
+                faults.append(str(error))
+    print("\n".join([*faults, f"{len(todo) - len(faults)} videos, {frames} frames written below {args.data}; "
+                     f"{len(jobs) - len(todo)} were there before; {len(faults)} cannot be read"]))
     return int(bool(faults))
 
 
 def check_video(media, every, video, expected):
     """Faults of a video's frames, a line each; every `every`th is decoded. expected: their number, None if unknown."""
-    faults, present = [], set()
+    faults = []
     try:
         count = media.count(video)
         if not media.pattern:
@@ -107,16 +104,15 @@ def check_video(media, every, video, expected):
     except OSError as error:
         return [str(error)]
     if media.pattern:
-        folder = media.path(video, 1).parent
-        present = set(os.listdir(folder)) if folder.is_dir() else set()
-        wanted = {i: media.path(video, i) for i in range(1, (expected or count) + 1)}
-        missing = [path for path in wanted.values() if path.name not in present]
+        present = {path.name for path in media.path(video, 1).parent.glob("*")}
+        wanted = [media.path(video, i) for i in range(1, (expected or count) + 1)]
+        missing = [path for path in wanted if path.name not in present]
         if missing:
             faults.append(f"frames missing: {missing[0]}, {len(missing)} in all ({len(wanted)} expected, "
                           f"{len(wanted) - len(missing)} found); extract them with python -m tools.prepare extract")
-        for i, path in wanted.items():
+        for path in wanted[::every]:
             try:
-                if i % every == 1 % every and path.name in present:
+                if path.name in present:
                     data.read_image(path, len(wanted))
             except OSError as error:
                 faults.append(str(error))
@@ -125,34 +121,34 @@ def check_video(media, every, video, expected):
     return faults
 
 
-def check_split(args, split, train, config, checked):
-    """Prints what a split holds; returns its faults and its data set. checked: videos whose frames were read before."""
+def check_split(args, split, train, config, checked, datasets):
+    """Prints what a split holds; returns its faults. Adds to `checked`, videos whose frames were read, and `datasets`."""
     table, media = data.read_dataset(args.dataset, args.data, split, config.key_frame, train)
     print(f"{args.dataset} split {split}{' training' * train}: {table.source}; {media}")
     if table.problems:
-        return table.problems, None
+        return table.problems
     dataset = data.ClipDataset(args.dataset, table, media, config, train=False)
     counts = (len(table.videos), len(dataset.ground_truth()[1]), len(table.frame), int(table.num_frames.sum()))
-    published = PUBLISHED.get((args.dataset, split, train))
+    published = PUBLISHED.get((args.dataset, split, train), ())
     words = "videos", "tubes", "boxes", "frames"
-    here, there = (", ".join(f"{count} {word}" for word, count in zip(words, of)) for of in (counts, published or ()))
+    here, there = (", ".join(f"{count} {word}" for word, count in zip(words, of)) for of in (counts, published))
     print(f"   {here}, {len(dataset)} clips; published: " + ("the same" if counts == published else there or "unknown"))
     if not media.pattern and not media.files:
-        return [str(media)], None
+        return [str(media)]
     faults, last = [], np.zeros(len(table.videos), np.int64)
     if table.seconds:                                  # AVA: the frames should reach the last annotated second
         np.maximum.at(last, table.video, (table.frame - data.AVA_START) * data.AVA_RATE)
         faults = [f"{table.videos[v]}: {table.num_frames[v]} frames, its last annotated second is frame {last[v] + 1}"
                   for v in np.flatnonzero(last >= table.num_frames)]
-    fresh = [v for v, video in enumerate(table.videos) if video not in checked]
-    known = args.dataset in ("ucf", "jhmdb")
+    fresh = [video for video in table.videos if video not in checked]
+    expected = dict(zip(table.videos, table.num_frames.tolist())) if args.dataset in ("ucf", "jhmdb") else {}
     with ProcessPoolExecutor(args.workers) as pool:
-        results = pool.map(partial(check_video, media, args.every), [table.videos[v] for v in fresh],
-                           [int(table.num_frames[v]) if known else None for v in fresh])
+        results = pool.map(partial(check_video, media, args.every), fresh, map(expected.get, fresh))
         for lines in tqdm(results, "videos", total=len(fresh), disable=None):
             faults += lines
     checked.update(table.videos)
-    return faults, dataset
+    datasets.append(dataset)
+    return faults
 
 
 def draw_slot(clip, target, t, slot, classes):
@@ -191,22 +187,19 @@ def check(args):
     """Whether a data set may be trained on; returns the exit status."""
     config = replace(PRESETS.get(args.dataset, PRESETS["ucf"]), key_frame=args.dataset == "ava" or args.key_frames)
     args.every = args.every or (data.AVA_RATE if args.dataset == "ava" else 1)
-    splits = {"ucf": (1,), "jhmdb": (1, 2, 3)}.get(args.dataset)
-    parts = [(split, train) for split in splits or () for train in (True, False)] or [("train", True), ("val", False)]
+    args.sheet = args.sheet or Path("runs", f"check-{args.dataset}.png")
+    parts = [key[1:] for key in PUBLISHED if key[0] == args.dataset] or [("train", True), ("val", False)]
     faults, datasets, checked = [], [], set()
     for split, train in parts:
         try:
-            found, dataset = check_split(args, split, train, config, checked)
+            faults += check_split(args, split, train, config, checked, datasets)
         except (OSError, ValueError) as error:
-            found, dataset = [str(error)], None
-        faults += found
-        datasets += [dataset] if dataset else []
+            faults.append(str(error))
     faults = list(dict.fromkeys(faults))               # a video may stand in several splits
     if not faults:
         contact_sheet(datasets, args.sheet, args.clips)
         print(f"{args.clips} clips with their boxes: {args.sheet}; look at it")
-    verdict = f"may {'NOT ' * bool(faults)}be trained on"
-    print("\n".join([*faults, f"{len(faults)} faults: {args.dataset} in {args.data} {verdict}"]))
+    print(*faults, f"{len(faults)} faults: {args.dataset} in {args.data} may {'NOT ' * bool(faults)}be trained on", sep="\n")
     return int(bool(faults))
 
 
@@ -224,10 +217,7 @@ def main(argv=None):
     command.add_argument("--clips", type=int, default=12, help="clips on the sheet (default: 12)")
     command.add_argument("--sheet", type=Path, metavar="FILE", help="the sheet (default: runs/check-DATASET.png)")
     args = parser.parse_args(argv)
-    if args.command == "extract":
-        return extract(args)
-    args.sheet = args.sheet or Path("runs", f"check-{args.dataset}.png")
-    return check(args)
+    return extract(args) if args.command == "extract" else check(args)
 
 
 if __name__ == "__main__":
