@@ -152,9 +152,8 @@ def nanmean(values):
 
 def mean_average_precision(frame, box, score, label, truth, classes, iou, rule, row=None):
     """-> {"mAP": mean over the classes with ground truth, "AP": {class: AP, NaN without}}. frame (n,) and score (n,), or
-    (n, C) where label (n,) is None; box (n, 4), or one of several detections: row (n,) says which. truth: frame, box,
-    label
-    """
+    (n, C) where label (n,) is None; box (n, 4), or one of several detections: row (n,) says which. truth: frame, box and
+    label."""
     truth_frame, truth_box, truth_label = truth
     frames, truth_group = np.unique(truth_frame, return_inverse=True)
     group, result = find(frame, frames, "frame"), dict.fromkeys(classes, np.nan)
