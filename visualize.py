@@ -6,8 +6,8 @@
     torchrun --nproc_per_node 8 visualize.py --ckpt C --video folder/ --out out/        # many, one folder each
 
 Each writes NAME.mp4 (every frame, at its time, without sound), NAME.png (six frames, one above the other), tubes.json and
-tubes.csv. A picture has a panel with the tubes, one colour an actor, and beside it panels with the class attention maps in the
-colours of the actors they belong to: one panel a class of --classes, or a single one that shows each actor's best class.
+tubes.csv. A picture has a panel with the tubes, one colour an actor, and beside it panels with the class attention maps in
+the colours of the actors they belong to: one panel a class of --classes, or a single one with each actor's best class.
 --look-from adds NAME-points.png, the encoder's sampling points. All clips are gone through twice and one is in memory at a
 time: the first pass finds the tubes, the second draws them.
 
@@ -123,8 +123,8 @@ def save_sheet(path, lines):
 
 
 def save_video(path, pictures, rate, seconds=None):
-    """Pictures (H, W, 3) uint8, one after another, as an MP4 that any player takes (H.264 where PyAV has it): `rate` a second,
-    or at the times `seconds`."""
+    """Pictures (H, W, 3) uint8, one after another, as an MP4 that any player takes (H.264 where PyAV has it): `rate` a
+    second, or at the times `seconds`."""
     import av
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(str(path), "w") as container:
@@ -212,8 +212,8 @@ def on_frame(actors, frame, names, top):
 
 
 def draw(model, clips, actors, names, config, device, classes=(), top=3, heads="all"):
-    """Yields a picture for each frame of the clips: the tubes, and the attention of `classes` (ids) beside them, the mean over
-    all heads or over the "content" heads."""
+    """Yields a picture for each frame of the clips: the tubes, and the attention of `classes` (ids) beside them, the mean
+    over all heads or over the "content" heads."""
     palette = choose_colours(actors)
     for clip, target, pictures in clips:
         out, part = run(model, clip, target, config, device, return_attention="content" if heads == "content" else True)
@@ -404,11 +404,13 @@ def write_tubes(out, video, rate, actors, frames, names):
              "boxes": np.round(tube["boxes"], 1).tolist()} for tube in tubes]}
         for tubes, colour in zip(actors, choose_colours(actors))]}
     seconds = dict(zip(frames["number"], frames["seconds"] or np.arange(len(frames["number"])) / rate))
-    shares = 1 / np.array([*frames["size"]][::-1] * 2)
-    lines = sorted((seconds[frame], *(box * shares).clip(0, 1).round(4).tolist(), int(tube["label"]) + 1, round(float(tube["score"]), 4))
-                   for tubes in actors for tube in tubes for frame, box in zip(tube["frames"].tolist(), tube["boxes"]))
+    lines, size = [], np.array([*frames["size"]][::-1] * 2)
+    for tube in sum(actors, []):
+        places = (tube["boxes"] / size).clip(0, 1).round(4).tolist()
+        lines += [(seconds[frame], *place, int(tube["label"]) + 1, round(float(tube["score"]), 4))
+                  for frame, place in zip(tube["frames"].tolist(), places)]
     with open(out / "tubes.csv", "w", newline="") as file:
-        csv.writer(file).writerows([video, f"{second:.3f}", *rest] for second, *rest in lines)
+        csv.writer(file).writerows([video, f"{second:.3f}", *rest] for second, *rest in sorted(lines))
     (out / "tubes.json").write_text(json.dumps(record) + "\n")
     return [out / "tubes.json", out / "tubes.csv"]
 
@@ -505,7 +507,7 @@ def show_videos(model, sources, config, device, rank, args, **options):
         try:
             rate = video_rate(path)
             clips = partial(video_clips, path, config, rate)
-            show(model, clips, path.stem, args.rate or (1 if config.key_frame else rate), config, device, out, args, **options)
+            show(model, clips, path.stem, 1 if config.key_frame else rate, config, device, out, args, **options)
         except SystemExit as error:
             if not several:
                 raise
@@ -544,8 +546,8 @@ def arguments(argv=None):
                        "from the cell at this place of the first clip's middle, in shares of width and height")
     group.add_argument("--min-score", type=float, default=0.3, help="boxes below this score are left out (0.3)")
     group.add_argument("--top", type=int, default=3, help="classes written at an actor, at most (3)")
-    group.add_argument("--rate", type=float, help="frames per second; default: the video's, for a data set 25 (4 where "
-                                                  "clips have fewer than 30 frames), for key frames 1")
+    group.add_argument("--rate", type=float, help="frames per second of a data set's clips, default 25 (4 where they have "
+                                                  "fewer than 30 frames), for key frames 1; a video keeps its times")
     group.add_argument("--out", metavar="DIR", help="folder of the results, default out/NAME; for several videos the folder "
                                                     "of their folders")
     args = parser.parse_args(argv)
