@@ -381,15 +381,16 @@ def deform_attn_3d_reference(value, shapes, locations, weights):
     Shapes as in deform_attn_3d; float16 and bfloat16 are computed in float32. It stores the sampled vectors of a
     level, (B, Q, M, P, D), and of all levels if a gradient is wanted."""
     batch, _, heads, dim = value.shape
-    compute, total = _compute_dtype(value), 0
-    parts = value.split([math.prod(shape) for shape in shapes], 1)  # L x (B, t*h*w, M, D)
+    compute, total, start = _compute_dtype(value), 0, 0
     for level, shape in enumerate(shapes):
-        volume = parts[level].to(compute).permute(0, 2, 3, 1).reshape(batch * heads, dim, *shape)  # (B*M, D, t, h, w)
+        volume = value[:, start:start + math.prod(shape)].to(compute)  # (B, t*h*w, M, D)
+        volume = volume.permute(0, 2, 3, 1).reshape(batch * heads, dim, *shape)  # (B*M, D, t, h, w)
         grid = (2 * locations[:, :, :, level].to(compute) - 1).flip(-1)  # (B, Q, M, P, 3): edges -1 and 1, (w, h, t)
         grid = grid.transpose(1, 2).flatten(0, 1).unsqueeze(1)  # (B*M, 1, Q, P, 3)
         sampled = F.grid_sample(volume, grid, padding_mode="zeros", align_corners=False)  # (B*M, D, 1, Q, P)
         weight = weights[:, :, :, level].to(compute).transpose(1, 2).flatten(0, 1)  # (B*M, Q, P)
         total = total + (sampled[:, :, 0] * weight[:, None]).sum(-1)  # (B*M, D, Q)
+        start += math.prod(shape)
     return total.view(batch, heads * dim, locations.shape[1]).transpose(1, 2).to(value.dtype)  # (B, Q, M*D)
 
 
