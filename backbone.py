@@ -12,6 +12,7 @@ The ViT does not mask padding (the released model does not); a side that 16 does
 
 import argparse
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -111,14 +112,11 @@ class ViTNeck(nn.ModuleList):
     """Four maps (strides 4, 8, 16, 32) from the ViT's last features; (B, width, T', H, W) -> 4 x (B, D, T', H_l, W_l)."""
 
     def __init__(self, width, dim):
-        half, quarter = width // 2, width // 4
-        up = dict(kernel_size=(1, 2, 2), stride=(1, 2, 2))
+        half, quarter, up = width // 2, width // 4, dict(kernel_size=(1, 2, 2), stride=(1, 2, 2))
         resize = [
             [nn.ConvTranspose3d(width, half, **up), ChannelNorm(half, eps=1e-6), nn.GELU(),
              nn.ConvTranspose3d(half, quarter, **up)],
-            [nn.ConvTranspose3d(width, half, **up)],
-            [],
-            [nn.MaxPool3d(kernel_size=(1, 2, 2), stride=(1, 2, 2))],
+            [nn.ConvTranspose3d(width, half, **up)], [], [nn.MaxPool3d(**up)],
         ]
         super().__init__(nn.Sequential(
             *layers, nn.Conv3d(channels, dim, kernel_size=1, bias=False), ChannelNorm(dim, eps=1e-6),
@@ -141,13 +139,11 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm3d(planes, **norm)
         self.conv4 = nn.Conv3d(planes, 4 * planes, kernel_size=1, bias=False)
         self.bn4 = nn.BatchNorm3d(4 * planes, **norm)
-        self.down_sample = None
-        if channels != 4 * planes:
-            self.down_sample = nn.Sequential(nn.Conv3d(channels, 4 * planes, kernel_size=1, stride=stride, bias=False),
-                                             nn.BatchNorm3d(4 * planes, **norm))
+        self.down_sample = nn.Identity() if channels == 4 * planes else nn.Sequential(
+            nn.Conv3d(channels, 4 * planes, kernel_size=1, stride=stride, bias=False), nn.BatchNorm3d(4 * planes, **norm))
 
     def forward(self, x):
-        shortcut = x if self.down_sample is None else self.down_sample(x)
+        shortcut = self.down_sample(x)
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn3(self.conv3(x)))
         return F.relu(self.bn4(self.conv4(x)) + shortcut)
@@ -248,24 +244,27 @@ HUGGING_FACE_NAMES = [
     (r"^(videomae\.)?layernorm\.", "norm."),
     (r"\.attention\.attention\.(q_bias|v_bias|query|key|value)", r".attn.\1"),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
 ]
+
+
+@contextmanager
+def reading(path, kind):
+    """Whatever a reader raises on a broken file is a ValueError that names it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as {kind} ({type(error).__name__}: {str(error)[:200]})") from error
 
 
 def open_checkpoint(path):
     """The content of a PyTorch file. Nothing in it is executed: beside tensors and plain containers only
     argparse.Namespace is admitted. ValueError if it cannot be read."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a reader raises on a broken file: named here, and raised
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:200]})") from error
+    with reading(Path(path), "a checkpoint"), torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_weights(path):
@@ -274,14 +273,10 @@ def read_weights(path):
     if path.suffix in (".mat", ".safetensors"):
         from safetensors.torch import load_file
         from scipy.io import loadmat
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        try:
+        with reading(path, "weights"):
             if path.suffix == ".safetensors":
                 return load_file(path)
             return {name: torch.from_numpy(value) for name, value in loadmat(path).items() if not name.startswith("__")}
-        except Exception as error:
-            raise ValueError(f"{path} cannot be read as weights ({type(error).__name__}: {str(error)[:200]})") from error
     content = open_checkpoint(path)
     for wrapping in ("module", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapping), dict):
@@ -337,16 +332,14 @@ def load_backbone(model, path):
     or the Kinetics / IG-65M `.mat` of ir-CSN-152. Raises ValueError with the names, the model untouched, otherwise.
     """
     backbone, own = model.backbone, model.backbone.state_dict()
-    read = read_weights(path)
-    named = csn_names(read) if isinstance(backbone, CSN152) else vit_names(read)
+    named = (csn_names if isinstance(backbone, CSN152) else vit_names)(read_weights(path))
     fine_tuned = any("fc_norm." in name for name in named)
     named = {name: value for name, value in named.items() if not re.match(LEFT_OUT, name)}
     if isinstance(backbone, CSN152):
         named = {name: value.flatten() if name in own and own[name].dim() == 1 else value for name, value in named.items()}
-    optional = {name for name in own if name.endswith("num_batches_tracked")}
-    optional |= {"norm.weight", "norm.bias"} if fine_tuned else set()
+    optional = r".*num_batches_tracked|norm\.(weight|bias)" if fine_tuned else r".*num_batches_tracked"
     problems = [f"not a tensor of this backbone: {name}" for name in named if name not in own]
-    problems += [f"missing: {name}" for name in own if name not in named and name not in optional]
+    problems += [f"missing: {name}" for name in own if name not in named and not re.fullmatch(optional, name)]
     problems += [f"{name}: shape {tuple(value.shape)}, {tuple(own[name].shape)} expected" for name, value in named.items()
                  if name in own and value.shape != own[name].shape]
     if problems:

@@ -49,6 +49,7 @@ autograd through F.grid_sample instead.
 # B clips, Q queries, S cells of all levels, M heads, L levels, P points of a level, D channels of a head; (t, h, w)
 
 import functools
+import itertools
 import math
 
 import torch
@@ -59,7 +60,7 @@ from torch.utils.flop_counter import register_flop_formula
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there are wheels for Linux only; asking for the kernels elsewhere is an error (_pick_backend)
+except ImportError:  # there are wheels for Linux only; asking for the kernels elsewhere is an error (_run)
     triton = None
 
 
@@ -115,20 +116,18 @@ if triton is not None:
         scales,         # (L, 3), dtype COMPUTE; unused unless FUSED
         levels,         # (L, 4) int32: T_l, H_l, W_l and the number of cells before the level
         out,            # (B, Q, M, D), written
-        num_queries,    # Q
-        num_cells,      # S
+        num_queries, num_cells,  # Q, S
         M: tl.constexpr, L: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
         FUSED: tl.constexpr,    # references, offsets and logits are given (True), or locations and weights (False)
         COMPUTE: tl.constexpr,  # tl.float32, or tl.float64 for float64 values
         BLOCK_Q: tl.constexpr,  # queries of a tile
-        BLOCK_D: tl.constexpr,  # D and
-        BLOCK_P: tl.constexpr,  # L * P, rounded up to powers of two
+        BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,  # D and L * P, rounded up to powers of two
     ):
         # Program (i, m, b) computes head m of clip b for queries i * BLOCK_Q and on. Neighbouring programs hold
         # neighbouring queries of one head, which sample neighbouring cells: they find each other's rows in the cache.
         query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
         head = tl.program_id(1)
-        batch = tl.program_id(2).to(tl.int64)  # B clips may pass 2^31 elements; one clip may not (_check_sizes)
+        batch = tl.program_id(2).to(tl.int64)  # B clips may pass 2^31 elements; one clip may not (_run)
         channel = tl.arange(0, BLOCK_D)[None, :]
         in_query = query < num_queries  # the last tile may hang over the end of the queries
         in_channel = channel < D        # D need not be a power of two
@@ -268,34 +267,28 @@ def _tile(value, element_size):
 @functools.lru_cache(maxsize=256)
 def _level_table(shapes, device):
     """Flat sizes (T_0, H_0, W_0, T_1, ...) -> (L, 4) int32: T, H, W, first cell; cached, as it is copied to the GPU."""
-    rows, start = [], 0
-    for depth, height, width in zip(shapes[0::3], shapes[1::3], shapes[2::3]):
-        rows.append((depth, height, width, start))
-        start += depth * height * width
-    return torch.tensor(rows, dtype=torch.int32, device=device)  # (L, 4)
+    sizes = list(zip(shapes[0::3], shapes[1::3], shapes[2::3]))
+    starts = itertools.accumulate(map(math.prod, sizes), initial=0)
+    return torch.tensor([(*size, start) for size, start in zip(sizes, starts)], dtype=torch.int32, device=device)
 
 
-def _inputs(value, references, offsets, logits, scales, shapes):
-    """The tensors that both kernels read, laid out as they expect them (a copy only of what is not already)."""
-    scales = None if scales is None else scales.to(_compute_dtype(value)).contiguous()
-    references = None if references is None else references.contiguous()
-    levels = _level_table(tuple(shapes), value.device)
-    return value.contiguous(), references, offsets.contiguous(), logits.contiguous(), scales, levels
+def _launch(kernel, value, references, offsets, logits, scales, shapes, others, element_size, **flags):
+    """Run `kernel` over a grid of (query tiles, heads, clips), its tiles for rows of elements of `element_size` bytes.
 
-
-def _launch(kernel, tensors, value, offsets, tile, **flags):
-    """Run `kernel` over a grid of (query tiles, heads, clips); `tensors` are its pointers in order, None if unused."""
+    `others` are its pointers past the level table, contiguous; references and scales None: locations, weights given."""
     batch, num_cells, heads, dim = value.shape
     _, num_queries, _, levels, points, _ = offsets.shape
-    block_queries, num_warps = tile
+    block_queries, num_warps = _tile(value, element_size)
     grid = (triton.cdiv(num_queries, block_queries), heads, batch)
     if 0 in grid:
         return  # no query or no clip: nothing to write, and a launch of no program is an error
-    flags["COMPUTE"] = tl.float64 if value.dtype == torch.float64 else tl.float32
-    block_dim, block_points = triton.next_power_of_2(dim), triton.next_power_of_2(levels * points)
+    scales = None if scales is None else scales.to(_compute_dtype(value))
+    inputs = [None if x is None else x.contiguous() for x in (value, references, offsets, logits, scales)]
     with torch.cuda.device_of(value):  # a launch goes to the current device, which need not be the tensors'
-        kernel[grid](*tensors, num_queries, num_cells, M=heads, L=levels, P=points, D=dim, **flags,
-                     BLOCK_Q=block_queries, BLOCK_D=block_dim, BLOCK_P=block_points, num_warps=num_warps)
+        kernel[grid](*inputs, _level_table(tuple(shapes), value.device), *others, num_queries, num_cells, M=heads, L=levels,
+                     P=points, D=dim, FUSED=references is not None, **flags, num_warps=num_warps, BLOCK_Q=block_queries,
+                     BLOCK_D=triton.next_power_of_2(dim), BLOCK_P=triton.next_power_of_2(levels * points),
+                     COMPUTE=tl.float64 if value.dtype == torch.float64 else tl.float32)
 
 
 @torch.library.custom_op("deform3d::sample", mutates_args=())
@@ -303,8 +296,7 @@ def _sample(value: Tensor, references: Tensor | None, offsets: Tensor, logits: T
             shapes: list[int]) -> Tensor:
     """The forward as an operator that torch.compile and autograd know; references None: locations, weights given."""
     out = value.new_empty(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])  # (B, Q, M * D)
-    tensors = (*_inputs(value, references, offsets, logits, scales, shapes), out)
-    _launch(_forward_kernel, tensors, value, offsets, _tile(value, value.element_size()), FUSED=references is not None)
+    _launch(_forward_kernel, value, references, offsets, logits, scales, shapes, (out,), value.element_size())
     return out
 
 
@@ -313,16 +305,14 @@ def _sample_backward(grad_out: Tensor, out: Tensor, value: Tensor, references: T
                      logits: Tensor, scales: Tensor | None, shapes: list[int],
                      reference_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The backward -> gradients of value, references (no elements unless `reference_grad`), offsets and logits."""
-    fused, compute = references is not None, _compute_dtype(value)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    fixed_point = _fixed_point(grad_out, None if fused else logits, compute) if deterministic else None
+    compute, deterministic = _compute_dtype(value), torch.are_deterministic_algorithms_enabled()
+    fixed_point = _fixed_point(grad_out, logits if references is None else None, compute) if deterministic else None
     grad_value = torch.zeros(value.shape, dtype=torch.int64 if deterministic else compute, device=value.device)
     grad_references = value.new_empty(offsets.shape[:4] + (3,) if reference_grad else 0, dtype=compute)  # per head
-    grad_offsets, grad_logits = _empty_like(offsets), _empty_like(logits)
-    tensors = (*_inputs(value, references, offsets, logits, scales, shapes), out.contiguous(), grad_out.contiguous(),
-               fixed_point, grad_value, grad_references, grad_offsets, grad_logits)
+    grad_offsets, grad_logits = offsets.new_empty(offsets.shape), logits.new_empty(logits.shape)
+    others = (out.contiguous(), grad_out.contiguous(), fixed_point, grad_value, grad_references, grad_offsets, grad_logits)
     # Tiled by what is added, not by what is read: 8 queries of bfloat16 would take 138 registers a lane, 4 take 72.
-    _launch(_backward_kernel, tensors, value, offsets, _tile(value, compute.itemsize), FUSED=fused,
+    _launch(_backward_kernel, value, references, offsets, logits, scales, shapes, others, compute.itemsize,
             REFERENCE_GRAD=reference_grad, DETERMINISTIC=deterministic)
     if deterministic:
         grad_value = (grad_value.double() / fixed_point).to(compute)  # NaN where a gradient was not finite
@@ -335,10 +325,6 @@ def _compute_dtype(value):
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
-def _empty_like(x):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _fixed_point(grad_out, weights, dtype):
     """What stands for 1.0 in int64, a power of two: as large as the largest sum that can occur leaves room for.
 
@@ -349,8 +335,7 @@ def _fixed_point(grad_out, weights, dtype):
         return grad_out.new_ones(1, dtype=dtype)
     total = float(grad_out.shape[1]) if weights is None else weights.double().abs().sum((1, 3, 4)).amax()
     bound = (grad_out.abs().amax().double() * total).clamp(min=2.0 ** -40)  # 0-d
-    one = torch.exp2(torch.floor(61 - torch.log2(bound)))
-    return torch.where(bound.isfinite(), one, math.nan).to(dtype).reshape(1)
+    return torch.where(bound.isfinite(), (61 - bound.log2()).floor().exp2(), math.nan).to(dtype).reshape(1)
 
 
 @_sample.register_fake
@@ -360,8 +345,8 @@ def _(value, references, offsets, logits, scales, shapes):
 
 @_sample_backward.register_fake
 def _(grad_out, out, value, references, offsets, logits, scales, shapes, reference_grad):
-    grad_references = _empty_like(references) if reference_grad else value.new_empty(0, dtype=_compute_dtype(value))
-    return _empty_like(value), grad_references, _empty_like(offsets), _empty_like(logits)
+    grad_references = references if reference_grad else value.new_empty(0, dtype=_compute_dtype(value))
+    return tuple(x.new_empty(x.shape) for x in (value, grad_references, offsets, logits))
 
 
 def _setup_context(ctx, inputs, output):
@@ -370,11 +355,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad_out):
-    out, value, references, *others = ctx.saved_tensors
-    reference_grad = references is not None and ctx.needs_input_grad[1]
-    grad_value, grad_references, grad_offsets, grad_logits = torch.ops.deform3d.sample_backward(
-        grad_out, out, value, references, *others, ctx.shapes, reference_grad)
-    return grad_value, grad_references if reference_grad else None, grad_offsets, grad_logits, None, None
+    reference_grad = ctx.needs_input_grad[1]  # False where there are none
+    gradients = torch.ops.deform3d.sample_backward(grad_out, *ctx.saved_tensors, ctx.shapes, reference_grad)
+    return gradients[0], gradients[1] if reference_grad else None, *gradients[2:], None, None
 
 
 _sample.register_autograd(_autograd, setup_context=_setup_context)
@@ -387,10 +370,9 @@ def _forward_flops(value_shape, references_shape, offsets_shape, logits_shape, *
 
 
 @register_flop_formula(torch.ops.deform3d.sample_backward)
-def _backward_flops(grad_out_shape, result_shape, value_shape, references_shape, offsets_shape, logits_shape,
-                    *args, **kwargs):
-    """Eight corners of D channels: a dot product and a scaled addition to the value's gradient."""
-    return math.prod(logits_shape) * 8 * value_shape[3] * 4
+def _backward_flops(grad_out_shape, result_shape, *args, **kwargs):
+    """The forward's twice: a corner's dot product, and the scaled addition to the value's gradient."""
+    return 2 * _forward_flops(*args)
 
 
 def deform_attn_3d_reference(value, shapes, locations, weights):
@@ -399,17 +381,16 @@ def deform_attn_3d_reference(value, shapes, locations, weights):
     Shapes as in deform_attn_3d; float16 and bfloat16 are computed in float32. It stores the sampled vectors of a
     level, (B, Q, M, P, D), and of all levels if a gradient is wanted."""
     batch, _, heads, dim = value.shape
-    compute = _compute_dtype(value)
-    total, start = 0, 0
-    for level, (depth, height, width) in enumerate(shapes):
-        volume = value[:, start:start + depth * height * width].to(compute)  # (B, t*h*w, M, D)
-        volume = volume.permute(0, 2, 3, 1).reshape(batch * heads, dim, depth, height, width)  # (B*M, D, t, h, w)
+    compute, total, start = _compute_dtype(value), 0, 0
+    for level, shape in enumerate(shapes):
+        volume = value[:, start:start + math.prod(shape)].to(compute)  # (B, t*h*w, M, D)
+        volume = volume.permute(0, 2, 3, 1).reshape(batch * heads, dim, *shape)  # (B*M, D, t, h, w)
         grid = (2 * locations[:, :, :, level].to(compute) - 1).flip(-1)  # (B, Q, M, P, 3): edges -1 and 1, (w, h, t)
         grid = grid.transpose(1, 2).flatten(0, 1).unsqueeze(1)  # (B*M, 1, Q, P, 3)
         sampled = F.grid_sample(volume, grid, padding_mode="zeros", align_corners=False)  # (B*M, D, 1, Q, P)
         weight = weights[:, :, :, level].to(compute).transpose(1, 2).flatten(0, 1)  # (B*M, Q, P)
         total = total + (sampled[:, :, 0] * weight[:, None]).sum(-1)  # (B*M, D, Q)
-        start += depth * height * width
+        start += math.prod(shape)
     return total.view(batch, heads * dim, locations.shape[1]).transpose(1, 2).to(value.dtype)  # (B, Q, M*D)
 
 
@@ -419,8 +400,7 @@ def _bags(value, locations, weights, shape):
     value (t*h*w, D), locations (Q, P, 3), weights (Q, P) -> rows of the level with a rim of zero cells, so that no
     corner needs a mask, ((t+2)*(h+2)*(w+2), D); the numbers of the rows, int32, and their weights, both (Q, 8*P)."""
     rows = F.pad(value.unflatten(0, shape), (0, 0, 1, 1, 1, 1, 1, 1)).flatten(0, 2)
-    cells = torch.zeros((), dtype=torch.int32, device=value.device)
-    share = weights.t()  # (P, Q): the longest axis last, as PyTorch loops fastest over long ones
+    cells, share = 0, weights.t()  # (P, Q): the longest axis last, as PyTorch loops fastest over long ones
     for axis, size in enumerate(shape):
         cell = locations[..., axis].t() * size - 0.5  # (P, Q)
         cell = cell.nan_to_num(nan=-2.0).clamp(-2, size)  # both neighbours of what lies further out are on the rim
@@ -449,23 +429,19 @@ def _sample_torch(value, shapes, references, offsets, logits, scales):
         locations = _locate(references, offsets, scales, dtype) if fused else offsets
         return deform_attn_3d_reference(value, shapes, locations, weights)
     out = torch.zeros(batch, offsets.shape[1], heads, dim, dtype=dtype, device=value.device)  # (B, Q, M, D)
-    for clip, head in ((clip, head) for clip in range(batch) for head in range(heads)):
-        start = 0
-        for level, shape in enumerate(shapes):
-            inside = slice(start, start + math.prod(shape))
-            locations, one = offsets[clip, :, head, level].to(dtype), slice(level, level + 1)  # (Q, P, 3)
-            if fused:
-                locations = _locate(references[clip, :, one], locations[:, None, None], scales[one], dtype)[:, 0, 0]
-            weight = weights[clip, :, head, level].to(dtype)  # (Q, P)
-            rows, cells, share = _bags(value[clip, inside, head].to(dtype), locations, weight, shape)
-            out[clip, :, head] += F.embedding_bag(cells, rows, per_sample_weights=share, mode="sum")  # (Q, D)
-            start = inside.stop
+    parts = value.split([math.prod(shape) for shape in shapes], 1)  # L x (B, t*h*w, M, D)
+    for clip, head, (level, shape) in itertools.product(range(batch), range(heads), enumerate(shapes)):
+        locations, one = offsets[clip, :, head, level].to(dtype), slice(level, level + 1)  # (Q, P, 3)
+        if fused:
+            locations = _locate(references[clip, :, one], locations[:, None, None], scales[one], dtype)[:, 0, 0]
+        part, weight = parts[level][clip, :, head].to(dtype), weights[clip, :, head, level].to(dtype)  # (t*h*w, D), (Q, P)
+        rows, cells, share = _bags(part, locations, weight, shape)
+        out[clip, :, head] += F.embedding_bag(cells, rows, per_sample_weights=share, mode="sum")  # (Q, D)
     return out.flatten(2).to(value.dtype)  # (B, Q, M*D)
 
 
-def _check(value, shapes, offsets, logits, names):
+def _check(value, shapes, offsets, logits, points, strengths):
     """Errors, each with both shapes, where the arguments do not fit each other -> shapes as a list of int triples."""
-    points, strengths = names
     value_shape, offset_shape, logit_shape = tuple(value.shape), tuple(offsets.shape), tuple(logits.shape)
     if (len(value_shape), len(offset_shape), len(logit_shape)) != (4, 6, 5):
         raise ValueError(f"value must be (B, S, M, D), {points} (B, Q, M, L, P, 3), {strengths} (B, Q, M, L, P), "
@@ -495,40 +471,28 @@ def _check_alike(value, name, tensor):
         raise ValueError(f"value is on {value.device} but {name} on {tensor.device}; move them to one device")
 
 
-def _check_sizes(value, offsets):
-    """Within a clip the kernels count in int32: past it they would wrap around, silently."""
+def _run(value, shapes, references, offsets, logits, scales, backend):
+    """The backend asked for, or the one that serves value's device; raises where it cannot run, or not at this size."""
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"backend {backend!r} is unknown; there are 'auto', 'triton' and 'torch'")
+    if backend == "torch" or backend == "auto" and not value.is_cuda:
+        return _sample_torch(value, shapes, references, offsets, logits, scales)
+    if triton is None:
+        raise RuntimeError("the Triton kernels need the package triton, which is not installed: pip install triton "
+                           "(Linux), or ask for backend='torch', which is slower and takes more memory")
+    if not value.is_cuda and isinstance(_forward_kernel, triton.JITFunction):  # which it is not in the interpreter
+        driver = "" if torch.cuda.is_available() else " and no GPU driver is active"
+        raise RuntimeError(f"the Triton kernels need a GPU, but value is on {value.device}{driver}: move the tensors "
+                           "to a GPU, ask for backend='torch', or set TRITON_INTERPRET=1 before Python starts to run "
+                           "them in the interpreter (slow)")
+    # Within a clip the kernels count in int32: past it they would wrap around, silently.
     for name, shape in (("value", tuple(value.shape)), ("locations or offsets", tuple(offsets.shape))):
         if math.prod(shape[1:]) >= 2 ** 31:
             raise ValueError(f"{name} {shape} has {math.prod(shape[1:])} elements a clip, but the Triton kernels count "
                              "to 2^31 - 1; use smaller clips, or fewer queries a call (none depends on another)")
         if max(shape[0], shape[2]) > 65535:
             raise ValueError(f"{name} {shape}: at most 65535 clips and heads fit the kernels' grid; split the batch")
-
-
-def _pick_backend(value, backend):
-    """"triton" or "torch"; raises where the one asked for, or the one that serves the tensor's device, cannot run."""
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend {backend!r} is unknown; there are 'auto', 'triton' and 'torch'")
-    if backend == "torch" or backend == "auto" and not value.is_cuda:
-        return "torch"
-    if triton is None:
-        raise RuntimeError("the Triton kernels need the package triton, which is not installed: pip install triton "
-                           "(Linux), or ask for backend='torch', which is slower and takes more memory")
-    interpreted = not isinstance(_forward_kernel, triton.JITFunction)
-    if not value.is_cuda and not interpreted:
-        driver = "" if torch.cuda.is_available() else " and no GPU driver is active"
-        raise RuntimeError(f"the Triton kernels need a GPU, but value is on {value.device}{driver}: move the tensors "
-                           "to a GPU, ask for backend='torch', or set TRITON_INTERPRET=1 before Python starts to run "
-                           "them in the interpreter (slow)")
-    return "triton"
-
-
-def _run(value, shapes, references, offsets, logits, scales, backend):
-    if _pick_backend(value, backend) == "torch":
-        return _sample_torch(value, shapes, references, offsets, logits, scales)
-    _check_sizes(value, offsets)
-    sizes = [size for shape in shapes for size in shape]
-    return torch.ops.deform3d.sample(value, references, offsets, logits, scales, sizes)
+    return torch.ops.deform3d.sample(value, references, offsets, logits, scales, [n for shape in shapes for n in shape])
 
 
 def deform_attn_3d(value, shapes, locations, weights, backend="auto"):
@@ -539,7 +503,7 @@ def deform_attn_3d(value, shapes, locations, weights, backend="auto"):
     any value allowed (outside, inf and NaN count as zero); weights (B, Q, M, L, P);
     backend "triton", "torch" or "auto" (triton for CUDA tensors, torch otherwise).
     Errors: ValueError or TypeError where arguments do not fit, RuntimeError where the backend cannot run."""
-    shapes = _check(value, shapes, locations, weights, ("locations", "weights"))
+    shapes = _check(value, shapes, locations, weights, "locations", "weights")
     return _run(value, shapes, None, locations, weights, None, backend)
 
 
@@ -548,7 +512,7 @@ def deform_attn_3d_fused(value, shapes, references, offsets, logits, scales, bac
 
     references (B, Q, L, 3) in (t, h, w) order; offsets (B, Q, M, L, P, 3); logits (B, Q, M, L, P); scales (L, 3),
     constants without a gradient: 1 / (T_l, H_l, W_l) counts offsets in cells. The rest as in deform_attn_3d."""
-    shapes = _check(value, shapes, offsets, logits, ("offsets", "logits"))
+    shapes = _check(value, shapes, offsets, logits, "offsets", "logits")
     scales = torch.as_tensor(scales, dtype=_compute_dtype(value), device=value.device)
     expected = (*offsets.shape[:2], len(shapes), 3)
     if tuple(references.shape) != expected:

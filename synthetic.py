@@ -40,7 +40,7 @@ POINTING = (0.32, 0.32, 0.14)        # the other actors' shares pointing at a co
 HELD_RADIUS = {BALL: 3.8, HOOP: 5.2}
 RADII = {"hip": 1.5, "shoulder": 1.5, "pointing hand": 1.5, "elbow": 1.25, "hand": 1.25,    # limbs' half thickness
          "knee left": 1.25, "knee right": 1.25, "foot left": 1.25, "foot right": 1.25}
-WORLD = (64, 96)        # height, width of a scene in its own pixels; other sizes of frames show the same, resized
+WORLD = HEIGHT, WIDTH = 64, 96      # of a scene in its own pixels; other sizes of frames show the same, resized
 SCALE = 2               # a scene is drawn this much larger and reduced
 
 
@@ -61,17 +61,20 @@ def closer_than(cosine, origin, one, other):
 
 def within(points, across, down):
     """Are complex points in the frame, that far from its sides and from its upper and lower edge?"""
-    height, width = WORLD
     x, y = points.real, points.imag
-    return (x > across) & (x < width - across) & (y > down) & (y < height - down)
+    return (x > across) & (x < WIDTH - across) & (y > down) & (y < HEIGHT - down)
+
+
+def square(middle, radius):
+    """x1, y1, x2, y2 of the square around complex points."""
+    return middle.real - radius, middle.imag - radius, middle.real + radius, middle.imag + radius
 
 
 def candidate_paths(rng, count, margin):
     """Straight paths, as positions at the clip's two ends: (count, 2) complex. A fifth of them is fast."""
-    height, width = WORLD
     u = rng.random((5, count), np.float32) - np.float32(0.5)
     step = (u[2] + 1j * u[3]) * np.where(u[4] < 0.3, np.float32(4), np.float32(30))
-    middle = width / 2 + u[0] * (width + 2 * margin) + 1j * (height / 2 + u[1] * (height - 2 * EDGE))
+    middle = WIDTH / 2 + u[0] * (WIDTH + 2 * margin) + 1j * (HEIGHT / 2 + u[1] * (HEIGHT - 2 * EDGE))
     return np.stack((middle - step, middle + step), 1)                                            # (count, 2)
 
 
@@ -82,33 +85,28 @@ def try_layout(rng, spans, loose):
     Returns (2 * len(spans) + loose, 2) complex: positions at the clip's two ends.
     """
     placed = np.zeros((0, 2), complex)
-    origins = np.zeros((0, 2), complex)      # of the pairs placed, each from both of its ends
-    aims = np.zeros((0, 2), complex)
-    for span in list(spans) + [None] * loose:
+    for span in [*spans, *[None] * loose]:
         if span:
             new = candidate_paths(rng, 512 if len(placed) else 128, 0).reshape(-1, 2, 2)              # (K, 2, 2)
             gap = new[:, 1] - new[:, 0]
             new = new[((np.abs(gap.real) > NEAREST) & (np.abs(gap) < FURTHEST)).all(-1)]
-            inside = new[..., :1] + (new[..., 1:] - new[..., :1]) * np.array(span)                # (K, 2, 2)
-            inside = within(inside, 5, EDGE)
+            inside = within(new[..., :1] + (new[..., 1:] - new[..., :1]) * np.array(span), 5, EDGE)       # (K, 2, 2)
             new = new[inside.all((1, 2))]
         else:
             new = candidate_paths(rng, 48, 6)[:, None]                                              # (K, 1, 2)
         fits = np.ones(len(new), bool)
         if len(placed):
             gap = new[:, :, None] - placed                                                        # (K, 1 or 2, P, 2)
-            fits = (gap.real ** 2 + gap.imag ** 2 / 2 > CLEARANCE ** 2).all((1, 2, 3))
-            new = new[fits]
+            new = new[(gap.real ** 2 + gap.imag ** 2 / 2 > CLEARANCE ** 2).all((1, 2, 3))]
+            origins = placed[:2 * len(spans)]        # of the pairs placed, each from both of its ends
+            aims = origins.reshape(-1, 2, 2)[:, ::-1].reshape(-1, 2)
             fits = ~closer_than(COSINES[:len(origins), None], origins, aims, new[:, :, None]).any((1, 2, 3))
             if span:
                 there = new[:, ::-1, None]                                                        # (K, 2, 1, 2)
                 fits &= ~closer_than(COSINES[:2, None, None], new[:, :, None], there, placed).any((1, 2, 3))
         if not fits.any():
             return None
-        chosen = new[np.argmax(fits)]
-        placed = np.concatenate((placed, chosen))
-        if span:
-            origins, aims = np.concatenate((origins, chosen)), np.concatenate((aims, chosen[::-1]))
+        placed = np.concatenate((placed, new[np.argmax(fits)]))
     return placed
 
 
@@ -133,8 +131,7 @@ def cast(rng):
         choice = int(np.searchsorted(np.cumsum(POINTING), rng.random()))
         if choice < 3 and len(pairs) < 2:
             pairs.append((actor, ("cone", "disc", "nothing")[choice]))
-    watched = [partner for _, partner in pairs]
-    things = [kind for kind in ("cone", "disc") if kind not in watched]     # one of each, where there is room
+    things = [kind for kind in ("cone", "disc") if kind not in dict(pairs).values()]    # one of each, where there is room
     if rng.random() < 0.5:
         things.append(("cone", "disc")[int(rng.integers(2))])
     return count, pairs, things
@@ -154,17 +151,14 @@ def new_actor(rng, frames, background):
     skin = contrasting(rng, background)
     actor = {
         "height": tall, "skin": skin, "shirt": contrasting(rng, background, skin),
-        "trousers": contrasting(rng, background, skin),
-        "colour": contrasting(rng, background, skin), "side": 1 - 2 * int(rng.integers(2)),
-        "lean": (0.0, 0.0, 0.0, -0.33, 0.33)[int(rng.integers(5))], "stance": rng.uniform(0.07, 0.17) * tall,
-        "lifted": (0, 0, 0, -1, 1)[int(rng.integers(5))], "bend": rng.uniform(-0.35, 0.35),
-        "rod": 8.5j * np.exp(1j * rng.uniform(-0.7, 0.7)), "labels": {}, "intervals": {},
+        "trousers": contrasting(rng, background, skin), "colour": contrasting(rng, background, skin),
+        "side": 1 - 2 * int(rng.integers(2)), "lean": (0.0, 0.0, 0.0, -0.33, 0.33)[int(rng.integers(5))],
+        "stance": rng.uniform(0.07, 0.17) * tall, "lifted": (0, 0, 0, -1, 1)[int(rng.integers(5))],
+        "bend": rng.uniform(-0.35, 0.35), "rod": 8.5j * np.exp(1j * rng.uniform(-0.7, 0.7)), "labels": {}, "intervals": {}
     }
     for group in ("own motion", "detail"):
-        label = CLASS_GROUPS[group][int(rng.integers(3))] if rng.random() < ACTING else None
-        start, stop = interval(rng, frames)
-        actor["labels"][group] = label
-        actor["intervals"][group] = (start, stop)
+        actor["labels"][group] = CLASS_GROUPS[group][int(rng.integers(3))] if rng.random() < ACTING else None
+        actor["intervals"][group] = interval(rng, frames)
     actor["wave"] = wave(rng, frames, actor["intervals"]["own motion"][0])
     actor["amplitude"] = rng.uniform(0.9, 1.2)
     return actor
@@ -173,13 +167,10 @@ def new_actor(rng, frames, background):
 def pose(actor, targets):
     """Adds the joints in every frame, {name: (T,) complex}, and the direction of the stretched arm (NaN: it hangs)."""
     tall, path = actor["height"], actor["path"]
-    frames = len(path)
     motion, moving = actor["labels"]["own motion"], shown(actor, "own motion")
     swing = actor["wave"] * actor["amplitude"] * moving
     body = path - 1j * swing * 5.5 * (motion == JUMP)
-    lift = np.stack((np.full(frames, actor["lifted"] < 0), np.full(frames, actor["lifted"] > 0))) * 1.0         # (2, T)
-    if motion == MARCH:
-        lift = np.where(moving, np.stack((np.maximum(swing, 0), np.maximum(-swing, 0))), lift)
+    lift = np.where(moving & (motion == MARCH), swing, -actor["lifted"])     # (T,): above 0 the left foot, below the right
     lean = np.clip(actor["lean"] + swing * 0.55 * (motion == SWAY), -0.65, 0.65)
     radius = 0.1 * tall
     hip = body + 0.06j * tall
@@ -187,22 +178,21 @@ def pose(actor, targets):
     up = -1j * (0.56 * tall)                                 # from the hip to the crown
     shoulder_up = up + 1j * (2 * radius + 1.5)
     joints = {"hip": hip, "head": hip + trunk * (up + 1j * radius), "shoulder": hip + trunk * shoulder_up}
-    for name, sign, raised in (("left", -1, lift[0]), ("right", 1, lift[1])):
+    for name, sign in (("left", -1), ("right", 1)):
+        raised = np.maximum(-sign * lift, 0)
         foot = hip + sign * actor["stance"] + 0.44j * tall - 0.28j * tall * raised
         joints["foot " + name] = foot
         joints["knee " + name] = (hip + foot) / 2 + sign * (0.4 + 0.13 * tall * raised)
     resting = path + 0.06j * tall + shoulder_up              # it follows nobody's motion, which would tell a meeting
-    direction = np.full(frames, np.nan)
+    direction = np.full(len(path), np.nan)
     if targets is not None:
         pointing = slice(*actor["intervals"]["context"])
         direction[pointing] = np.angle(targets - resting)[pointing]
     side, reach = actor["side"], 6.5 + 0.15 * tall
-    hanging = np.pi / 2 + side * 0.25
-    arm = np.where(np.isnan(direction), hanging, direction)
+    arm = np.where(np.isnan(direction), np.pi / 2 + side * 0.25, direction)
     joints["pointing hand"] = joints["shoulder"] + reach * np.exp(1j * arm)
-    turn = np.exp(1j * side * actor["bend"])
     joints["elbow"] = joints["shoulder"] + (side * 5 + 2j) * tall / 30
-    joints["hand"] = joints["elbow"] + turn * (side * 6 - 4.5j) * tall / 30
+    joints["hand"] = joints["elbow"] + np.exp(1j * side * actor["bend"]) * (side * 6 - 4.5j) * tall / 30
     actor.update(joints=joints, direction=direction, radius=radius)
 
 
@@ -217,36 +207,27 @@ def shown(actor, group):
 def outlines(actor):
     """Extent of what is drawn, (T, 4) x1, y1, x2, y2 in pixels, not cut to the frame."""
     joints, held, label = actor["joints"], shown(actor, "detail"), actor["labels"]["detail"]
-    points = [joints[name] for name in RADII]
-    radii = [np.full(len(held), radius) for radius in RADII.values()] + [np.full(len(held), actor["radius"])]
-    points.append(joints["head"])
+    circles = [(joints[name], radius) for name, radius in RADII.items()] + [(joints["head"], actor["radius"])]
     if label == ROD:
-        points += [joints["hand"] + np.where(held, end, 0) for end in (actor["rod"], -actor["rod"])]
-        radii += [np.full(len(held), 1.25)] * 2
+        circles += [(joints["hand"] + np.where(held, end, 0), 1.25) for end in (actor["rod"], -actor["rod"])]
     elif label is not None:
-        points.append(joints["hand"])
-        radii.append(held * HELD_RADIUS[label])
-    points, radii = np.array(points), np.array(radii)                                             # (12 to 14, T)
-    return np.stack(((points.real - radii).min(0), (points.imag - radii).min(0),
-                     (points.real + radii).max(0), (points.imag + radii).max(0)), -1)             # (T, 4)
+        circles.append((joints["hand"], held * HELD_RADIUS[label]))
+    points = np.array([point for point, _ in circles])                                            # (10 to 12, T)
+    x1, y1, x2, y2 = square(points, np.array([np.full(len(held), radius) for _, radius in circles]))
+    return np.stack((x1.min(0), y1.min(0), x2.max(0), y2.max(0)), -1)                             # (T, 4)
 
 
 def visibility(scene):
     """Adds to actors and things their boxes cut to the frame, (T, 4), and where they are present, (T,) bool."""
-    height, width = WORLD
-    limits = np.array((width, height, width, height), np.float64)
     pillar = scene["pillar"]
     for one in scene["actors"] + scene["things"]:
         if "joints" in one:
-            whole = outlines(one)
-            points = np.stack(list(one["joints"].values()))                                       # (10, T)
+            whole, points = outlines(one), np.stack(list(one["joints"].values()))                 # (T, 4), (10, T)
         else:
-            path, radius = one["path"], one["radius"]
-            whole = np.stack((path.real - radius, path.imag - radius, path.real + radius, path.imag + radius), -1)
-            points = path + np.array((-0.8, -0.4, 0, 0.4, 0.8))[:, None] * radius                 # (5, T)
-        box = np.clip(whole, 0, limits)
-        area = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
-        inside = area / ((whole[:, 2] - whole[:, 0]) * (whole[:, 3] - whole[:, 1]))
+            whole = np.stack(square(one["path"], one["radius"]), -1)                              # (T, 4)
+            points = one["path"] + np.array((-0.8, -0.4, 0, 0.4, 0.8))[:, None] * one["radius"]   # (5, T)
+        one["box"] = np.clip(whole, 0, (WIDTH, HEIGHT) * 2)
+        area, inside = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) for box in (whole, one["box"]))
         hidden = np.zeros(points.shape, bool)
         if pillar:
             hidden |= np.abs(points.real - pillar["x"]) < pillar["width"] / 2
@@ -254,13 +235,12 @@ def visibility(scene):
             if nearer["depth"] > one["depth"]:
                 gap = points - nearer["path"]
                 hidden |= (np.abs(gap.real) < 0.12 * nearer["height"]) & (np.abs(gap.imag) < 0.5 * nearer["height"])
-        one["box"] = box
-        one["present"] = (inside > 0.5) & (hidden.mean(0) < 0.7)
+        one["present"] = (inside / area > 0.5) & (hidden.mean(0) < 0.7)
 
 
 def place_pillar(rng, background, ends):
     """A pillar before everything, in a third of the clips, that hides no pointing pair's arm: `ends`, their paths."""
-    width, places = rng.uniform(6, 10), rng.uniform(4, WORLD[1] - 4, 6)
+    width, places = rng.uniform(6, 10), rng.uniform(4, WIDTH - 4, 6)
     for x in places[:6 if rng.random() < 0.35 else 0]:
         if all((np.abs(path.real - x) > width / 2 + 9).all() for path in ends):
             return {"x": x, "width": width, "colour": contrasting(rng, background)}
@@ -278,26 +258,22 @@ def describe(config, split, seed, index):
     frames = config.frames
     count, pairs, loose_things = cast(rng)
     spans = [interval(rng, frames) for _ in pairs]
-    paired = {end for pair in pairs for end in pair if isinstance(end, int)}
-    loose = [actor for actor in range(count) if actor not in paired] + loose_things
-    loose = loose[:5 - 2 * len(pairs)]                       # more find no room
+    ends = [end for pair in pairs for end in pair]
+    loose = [actor for actor in range(count) if actor not in ends] + loose_things
+    ends += loose[:5 - 2 * len(pairs)]                       # more find no room
     shares = [(start / (frames - 1), (stop - 1) / (frames - 1)) for start, stop in spans]
-    layout = None
-    while layout is None:                                    # 2.4 tries on average, 45 at most in 4,000 clips
-        layout = try_layout(rng, shares, len(loose))
-    ends = [end for pair in pairs for end in pair] + loose
-    time = np.linspace(0, 1, frames)
-    paths = [path[0] + (path[1] - path[0]) * time for path in layout]                             # each (T,)
+    while (layout := try_layout(rng, shares, len(ends) - 2 * len(pairs))) is None:
+        pass                                                 # 2.4 tries on average, 45 at most in 4,000 clips
+    paths = list(layout[:, :1] + np.diff(layout) * np.linspace(0, 1, frames))                     # each (T,)
     background = tuple(rng.integers(20, 100, 3).tolist())
-    actors = [new_actor(rng, frames, background) for _ in range(count)]
-    scene = {"frames": frames, "background": background, "actors": actors, "things": []}
+    actors, things = [new_actor(rng, frames, background) for _ in range(count)], []
+    scene = {"frames": frames, "background": background, "actors": actors, "things": things}
     for end, path in zip(ends, paths):
         if isinstance(end, int):
-            scene["actors"][end]["path"] = path
+            actors[end]["path"] = path
         elif end != "nothing":
-            thing = {"kind": end, "path": path, "radius": rng.uniform(4.5, 6), "colour": contrasting(rng, background)}
-            scene["things"].append(thing)
-    for depth, one in zip(rng.permutation(len(ends)).tolist(), scene["actors"] + scene["things"]):
+            things.append({"kind": end, "path": path, "radius": rng.uniform(4.5, 6), "colour": contrasting(rng, background)})
+    for depth, one in zip(rng.permutation(len(ends)).tolist(), actors + things):
         one["depth"] = depth
     aim(scene, pairs, paths, spans)
     scene["pillar"] = place_pillar(rng, background, paths[:2 * len(pairs)])
@@ -310,19 +286,15 @@ def describe(config, split, seed, index):
 def aim(scene, pairs, paths, spans):
     """Gives every actor its partner and its label of the third group, and poses it."""
     partners = {}
-    for number, (actor, partner) in enumerate(pairs):
-        here, there = paths[2 * number:2 * number + 2]
-        partners[actor] = (partner, there, spans[number])
-        if isinstance(partner, int):
-            partners[partner] = (actor, here, spans[number])
+    for (actor, partner), here, there, span in zip(pairs, paths[::2], paths[1::2], spans):
+        partners |= {actor: (partner, there, span), partner: (actor, here, span)}     # that of a thing serves nobody
     for number, actor in enumerate(scene["actors"]):
         partner, target, span = partners.get(number, (None, None, (0, 0)))
-        actor["intervals"]["context"], actor["partner"] = span, None
-        if isinstance(partner, int):
-            actor["labels"]["context"], actor["partner"] = MEET, ("actors", partner)
-        else:
-            actor["labels"]["context"] = {"cone": CONE, "disc": DISC}.get(partner)
-        if actor["labels"]["context"] in (CONE, DISC):
+        label = MEET if isinstance(partner, int) else {"cone": CONE, "disc": DISC}.get(partner)
+        actor["labels"]["context"], actor["intervals"]["context"], actor["partner"] = label, span, None
+        if label == MEET:
+            actor["partner"] = ("actors", partner)
+        elif label is not None:
             actor["partner"] = ("things", [thing["path"] is target for thing in scene["things"]].index(True))
         if target is not None:
             actor["side"] = -1 if target.real.mean() > actor["path"].real.mean() else 1   # the arms do not cross
@@ -372,40 +344,37 @@ def moving_background(scene, frames):
 
 
 def draw_thing(canvas, thing, frame):
-    x, y, radius = SCALE * thing["path"][frame].real, SCALE * thing["path"][frame].imag, SCALE * thing["radius"]
+    middle = SCALE * thing["path"][frame]
+    x1, y1, x2, y2 = square(middle, SCALE * thing["radius"])
     if thing["kind"] == "disc":
-        canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=thing["colour"])
+        canvas.ellipse((x1, y1, x2, y2), fill=thing["colour"])
     else:
-        canvas.polygon((x, y - radius, x + radius, y + radius, x - radius, y + radius), fill=thing["colour"])
+        canvas.polygon((middle.real, y1, x2, y2, x1, y2), fill=thing["colour"])
 
 
 def draw_actor(canvas, actor, frame):
     points = {name: SCALE * path[frame] for name, path in actor["joints"].items()}
     joints = {name: (point.real, point.imag) for name, point in points.items()}
-    skin, trousers = actor["skin"], actor["trousers"]
+    skin = actor["skin"]
     for side in ("left", "right"):
-        canvas.line((joints["hip"], joints["knee " + side], joints["foot " + side]), trousers, round(2.5 * SCALE))
+        canvas.line((joints["hip"], joints["knee " + side], joints["foot " + side]), actor["trousers"], round(2.5 * SCALE))
     canvas.line((joints["hip"], joints["shoulder"]), actor["shirt"], round(0.15 * actor["height"] * SCALE))
     canvas.line((joints["shoulder"], joints["elbow"], joints["hand"]), skin, round(2.5 * SCALE))
     canvas.line((joints["shoulder"], joints["pointing hand"]), skin, 3 * SCALE)
-    (x, y), radius = joints["head"], SCALE * actor["radius"]
-    canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=skin)
+    canvas.ellipse(square(points["head"], SCALE * actor["radius"]), fill=skin)
     if shown(actor, "detail")[frame]:
         (x, y), label, colour = joints["hand"], actor["labels"]["detail"], actor["colour"]
         if label == ROD:
             rod = SCALE * actor["rod"]
             canvas.line((x - rod.real, y - rod.imag, x + rod.real, y + rod.imag), colour, round(2.5 * SCALE))
         else:
-            radius = SCALE * HELD_RADIUS[label]
             style = {"fill": colour} if label == BALL else {"outline": colour, "width": 2 * SCALE}
-            canvas.ellipse((x - radius, y - radius, x + radius, y + radius), **style)
+            canvas.ellipse(square(points["hand"], SCALE * HELD_RADIUS[label]), **style)
 
 
 def draw(scene, size=WORLD):
     """The scene's pixels: (T, H, W, 3) uint8."""
-    height, width = size
-    frames = scene["frames"]
-    images = moving_background(scene, frames)
+    images = moving_background(scene, scene["frames"])
     order = sorted(scene["actors"] + scene["things"], key=lambda one: one["depth"])
     pillar = scene["pillar"]
     for frame, image in enumerate(images):
@@ -414,28 +383,25 @@ def draw(scene, size=WORLD):
             (draw_thing if "kind" in one else draw_actor)(canvas, one, frame)
         if pillar:
             left, right = (SCALE * (pillar["x"] + side * pillar["width"] / 2) for side in (-1, 1))
-            canvas.rectangle((left, -1, right, SCALE * WORLD[0]), fill=pillar["colour"])
-    if size == WORLD:
-        return np.stack([np.asarray(image.reduce(SCALE)) for image in images])                    # (T, H, W, 3)
-    return np.stack([np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)) for image in images])
+            canvas.rectangle((left, -1, right, SCALE * HEIGHT), fill=pillar["colour"])
+    return np.stack([image.reduce(SCALE) if size == WORLD else image.resize(size[::-1], Image.Resampling.BILINEAR)
+                     for image in images])                                                        # (T, H, W, 3)
 
 
 def to_target(scene, video, size=WORLD):
     """The data sets' target dict; besides `cause` (N, T, 4), cx, cy, w, h of the context's cause, NaN without one."""
-    height, width = WORLD
     frames = scene["frames"]
     actors = [actor for actor in scene["actors"] if actor["present"].any()]
 
     def relative(boxes):      # (N, T, 4) x1, y1, x2, y2 pixels -> cx, cy, w, h in [0, 1]
-        boxes = np.array(boxes, np.float64).reshape(-1, frames, 4) / np.array((width, height, width, height))
+        boxes = np.array(boxes, np.float64).reshape(-1, frames, 4) / ((WIDTH, HEIGHT) * 2)
         low, high = boxes[..., :2], boxes[..., 2:]
         return torch.from_numpy(np.concatenate(((low + high) / 2, high - low), -1)).float()       # (N, T, 4)
 
     present = np.array([actor["present"] for actor in actors], bool).reshape(-1, frames)           # (N, T)
-    labels = np.array([actor["seen"] for actor in actors], np.float32)
-    labels = labels.reshape(-1, frames, len(CLASS_NAMES))                                         # (N, T, C)
-    boxes = relative([np.where(actor["present"][:, None], actor["box"], 0) for actor in actors])
-    return {"boxes": boxes, "present": torch.from_numpy(present), "labels": torch.from_numpy(labels),
+    labels = np.array([actor["seen"] for actor in actors], np.float32).reshape(-1, frames, len(CLASS_NAMES))    # (N, T, C)
+    return {"boxes": relative([np.where(actor["present"][:, None], actor["box"], 0) for actor in actors]),
+            "present": torch.from_numpy(present), "labels": torch.from_numpy(labels),
             "frames": torch.ones(frames, dtype=torch.bool), "video": video, "frame_ids": torch.arange(1, frames + 1),
             "size": torch.tensor(size), "cause": relative([actor["cause"] for actor in actors])}
 
@@ -482,7 +448,7 @@ class SyntheticDataset(torch.utils.data.Dataset):
 
         Boxes x1, y1, x2, y2 in pixels of the frames as they are, (H, W) = target["size"].
         """
-        rows, tubes = [], []
+        tubes, rows = [], [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)))]
         scale = np.array(self.size[::-1] * 2) / np.array(WORLD[::-1] * 2)
         for video in range(len(self)):
             for actor in self.scene(video)["actors"]:
@@ -492,6 +458,4 @@ class SyntheticDataset(torch.utils.data.Dataset):
                         boxes = actor["box"][run] * scale
                         tubes.append({"video": video, "label": label, "frames": run + 1, "boxes": boxes})
                         rows.append((video * 1_000_000 + run + 1, np.full(len(run), label), boxes))
-        frames, labels, boxes = zip(*rows) if rows else ([np.zeros(0)], [np.zeros(0)], [np.zeros((0, 4))])
-        return {"frame": np.concatenate(frames).astype(np.int64), "label": np.concatenate(labels).astype(np.int64),
-                "box": np.concatenate(boxes)}, tubes
+        return dict(zip(("frame", "label", "box"), map(np.concatenate, zip(*rows)))), tubes
