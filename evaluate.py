@@ -166,7 +166,7 @@ def score(detections, dataset, config, protocol="strict"):
     counts = {"boxes": boxes, "tubes": np.bincount([t["label"] for t in tubes or ()], minlength=len(names))}
     per_class = {c: {k: int(v[i]) for k, v in counts.items()} | {k: float(v["AP"][i]) for k, v in results.items()}
                  for i, c in enumerate(names)}
-    per_group = {group: {name: mean(value["AP"][list(classes)]) for name, value in results.items()}
+    per_group = {group: {name: metrics.nanmean(value["AP"][list(classes)]) for name, value in results.items()}
                  for group, classes in dataset.class_groups.items()}
     return {name: float(value["mAP"]) for name, value in results.items()} | \
         {"protocol": protocol, "videos": len(detections["videos"]), "per_class": per_class, "per_group": per_group}
@@ -209,12 +209,6 @@ def average(paths):
 def shortest_tube(config):
     """Frames below which a tube is dropped (PROTOCOLS.md): 15, half a clip where clips are shorter than 30 frames."""
     return 15 if config.frames >= 30 else config.frames // 2
-
-
-def mean(values):
-    """Mean of the values that are not NaN, NaN when there is none (np.nanmean would warn)."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")
 
 
 def table(results):

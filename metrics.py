@@ -146,6 +146,7 @@ def overlapping_pairs(group, box, truth_group, truth_box, num_groups, threshold)
 
 
 def nanmean(values):
+    """Mean of the values that are not NaN, NaN when there is none (np.nanmean would warn)."""
     values = [value for value in values if not np.isnan(value)]
     return float(np.mean(values)) if values else float("nan")
 

@@ -461,16 +461,14 @@ def sampling_points(model, clip, place, device):
 def draw_points(pictures, points, levels, weights, place):
     """Pictures (T, H, W, 3) side by side, each with the sampling points nearest to it in time: a disc of the level's colour
     whose area is the weight; a white cross where the cell is."""
-    panels = []
-    time = np.clip((points[:, 0] * len(pictures)).astype(int), 0, len(pictures) - 1)
-    for t, picture in enumerate(enlarge(picture) for picture in pictures):
-        image = Image.fromarray(picture)
-        draw, size = ImageDraw.Draw(image), np.array([image.width, image.height])
-        for (_, y, x), level, weight in zip(points[time == t], levels[time == t], weights[time == t]):
-            radius = 1 + 20 * weight ** 0.5
-            centre = np.array([x, y]) * size
+    panels, last = [], len(pictures) - 1
+    time = np.clip((points[:, 0] * len(pictures)).astype(int), 0, last)
+    for t, picture in enumerate(map(enlarge, pictures)):
+        image, near = Image.fromarray(picture), time == t
+        draw, size = ImageDraw.Draw(image), np.array(image.size)
+        for centre, level, radius in zip(points[near, :0:-1] * size, levels[near], 1 + 20 * weights[near] ** 0.5):
             draw.ellipse((*(centre - radius), *(centre + radius)), outline=COLOURS[level], width=2)
-        if t == min(int(place[0] * len(pictures)), len(pictures) - 1):
+        if t == min(int(place[0] * len(pictures)), last):
             x, y = np.array(place[:0:-1]) * size
             draw.line((x - 8, y, x + 8, y), fill=TRUTH, width=2)
             draw.line((x, y - 8, x, y + 8), fill=TRUTH, width=2)
@@ -487,8 +485,7 @@ def find_videos(sources):
             raise SystemExit(f"no video ({', '.join(VIDEOS)}) in {source}")
         videos += inside
     names = [path.stem for path in videos]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise SystemExit(f"several videos are called {', '.join(twice[:5])}: their results would share a folder; rename them")
     return videos
 
@@ -569,14 +566,12 @@ def main(argv=None):
     names = checkpoint["classes"] or (list(dataset.class_names) if dataset else
                                       [f"class {number}" for number in range(1, config.num_classes + 1)])
     chosen = [name for text in args.classes for name in ([text] if text in names else text.split(","))]
-    unknown = [name for name in chosen if name not in names]
-    if unknown:
+    if unknown := [name for name in chosen if name not in names]:
         raise SystemExit(f"unknown classes {', '.join(unknown)}; {args.ckpt} knows: {', '.join(names)}")
     options = {"names": names, "classes": [names.index(name) for name in chosen]}
     print(f"{args.ckpt} is {checkpoint['kind']}")
     if args.video:
-        failed = show_videos(model, args.video, config, device, rank, args, **options)
-        if failed:
+        if failed := show_videos(model, args.video, config, device, rank, args, **options):
             raise SystemExit(f"{len(failed)} videos could not be read:\n" + "\n".join(failed))
         return
     if args.video_name:

@@ -32,8 +32,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import deform3d_triton
@@ -43,7 +41,7 @@ import objective
 import train
 from data import build_dataset, collate
 from deform3d_triton import deform_attn_3d, deform_attn_3d_fused, deform_attn_3d_reference, triton
-from evaluate import AVA_CLASSES, VIDEO_KEY
+from evaluate import AVA_CLASSES, VIDEO_KEY, multiply_adds
 from model import PRESETS, VideoActionDetector, override
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -333,13 +331,6 @@ def scoring(arguments):
     tell(f"AVA: mAP of {seconds:,} key frames x 15 x 60, cap of 50", lambda: metrics.ava_map(table, truth, AVA_CLASSES))
     Path(arguments.out).write_text(json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=1))
     print(f"written: {arguments.out}")
-
-
-def multiply_adds(function):
-    """What a call multiplies and adds, the sampling op apart, counted with attention in its plain form."""
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        function()
-    return evaluate.counted_multiply_adds(counter)
 
 
 def time_stages(model, clip):

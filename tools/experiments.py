@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 import evaluate
 from data import build_dataset, collate
+from evaluate import multiply_adds
 from model import PRESETS, QUIRKS, Config, VideoActionDetector, config_from_dict, override
 from objective import cxcywh_to_xyxy, match
-from tools.benchmark import multiply_adds, time_step
+from tools.benchmark import time_step
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = "deformable3d, LDL + CDL"
