@@ -374,15 +374,20 @@ def video_clips(path, config, rate):
             number, skipped = number + 1, max(0, step - span - 1)
             if step > span:
                 continue
-        buffer.append(frame)
+        buffer.append([*frame, None])
     if buffer and (number == 0 or not config.key_frame or len(buffer) == span):
         yield video_clip(path, buffer, number, config, step, last=True)
 
 
 def video_clip(path, buffer, number, config, step, last):
-    """Clip `number` of a video file from its frames `buffer`, a list of (picture, time), shorter at the video's end."""
+    """Clip `number` of a video file from its frames `buffer`, lists of picture, time and what the model sees of it (None: not
+    yet rendered; clips share frames), fewer at the video's end."""
     frames = torch.arange(config.frames)
-    pictures, times = zip(*(buffer[min(i, len(buffer) - 1)] for i in (frames * config.sampling_rate).tolist()))
+    used = [buffer[min(i, len(buffer) - 1)] for i in (frames * config.sampling_rate).tolist()]
+    view = draw_view(used[0][0].shape[:2], config, train=False)
+    for frame in used:
+        frame[2] = render([Image.fromarray(frame[0])], view) if frame[2] is None else frame[2]          # (3, 1, H, W)
+    pictures, times, rendered = zip(*used)
     edge = (config.frames - step) // 2
     taken = (frames >= (edge if number else 0)) & (frames < (len(buffer) if last else edge + step))
     target = {"video": Path(path).stem, "frame_ids": frames + number * step + 1, "frames": taken, "times": times,
@@ -392,8 +397,7 @@ def video_clip(path, buffer, number, config, step, last):
         middle = config.frames // 2
         shown = shown[middle:][:1]
         target |= {"frame_ids": torch.tensor([number + 1]), "frames": torch.tensor([True]), "times": times[middle:][:1]}
-    clip = render([Image.fromarray(picture) for picture in pictures], draw_view(pictures[0].shape[:2], config, train=False))
-    return clip, target, shown
+    return torch.cat(rendered, 1), target, shown
 
 
 def write_tubes(out, video, rate, actors, frames, names):
