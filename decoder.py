@@ -253,6 +253,8 @@ class ClassifyingLayer(nn.Module):
         Their sum; concat: a 1x1 convolution of both; cross-attention: the actor gathers from the cells before it is added
         to them; self-attention: the actor is one more token among the cells.
         """
+        if not len(actor):  # the gate dropped all; nn.MultiheadAttention takes no empty batch
+            return context
         if self.combine == "concat":
             return self.join(torch.cat([actor[:, None].expand_as(context), context], -1))
         if self.combine == "self-attention":
@@ -278,7 +280,8 @@ class ClassifyingLayer(nn.Module):
 
         With the quirk split_heads the plain concatenations are cut into heads, so that the first half of the heads sees only
         content, and the other half only position, the same for every class: (I, M/2, C, N) and (I, M/2, 1, N). Without
-        class_position the concatenations are q and z alone, for all heads.
+        class_position q and z alone meet, in all heads: with split_heads nothing is left to ask the keys' positions with,
+        and the same is taken for Eq. 1 (the paper does not say whether its keys keep them).
         """
         heads, scale = self.num_heads, (2 * z.shape[-1] / self.num_heads) ** -0.5
         if "split_heads" in self.quirks:

@@ -27,8 +27,9 @@ from encoder import DeformableEncoder, paper_frequencies, position_table, small_
 QUIRKS = ("position_pairs", "offset_axes", "grid_edge", "anchor_before_norm", "three_way_confidence", "shared_block",
           "bare_output", "split_heads", "unmasked_padding", "unused_tensors")
 
-CHOICES = {"backbone": ("vit", "csn152", "conv"), "encoder": ("deformable3d", "transformer"),
-           "decoder": ("ldl+cdl", "ldl", "detr"), "aggregation": ("actor", "weighted", "mean"),
+CHOICES = {"backbone": ("vit", "csn152", "conv"), "initialisation": ("paper", "small"),
+           "encoder": ("deformable3d", "transformer"), "decoder": ("ldl+cdl", "ldl", "detr"),
+           "aggregation": ("actor", "weighted", "mean"),
            "combine": ("sum", "concat", "cross-attention", "self-attention"), "schedule": ("step", "cosine")}
 
 

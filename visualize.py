@@ -11,14 +11,15 @@ the colours of the actors they belong to: one panel a class of --classes, or a s
 --look-from adds NAME-points.png, the encoder's sampling points. All clips are gone through twice and one is in memory at a
 time: the first pass finds the tubes, the second draws them.
 
-tubes.json: {"video", "rate" (frames per second), "size" (height, width), "classes", "actors": [{"colour", "tubes": [{"label",
-"score", "frames" (k 1-based numbers), "boxes" (k of x1, y1, x2, y2 in pixels of the video)}]}]}; an actor has a tube for each
-class. tubes.csv: AVA's columns, a line a box and class: video, second, x1, y1, x2, y2 in [0, 1], class number from 1, the
-tube's score.
+tubes.json: {"video", "rate" (frames per second), "size" (height, width), "classes", "actors": [{"colour", "tubes":
+[{"label", "score", "frames" (k 1-based numbers), "seconds" (k), "boxes" (k of x1, y1, x2, y2 in pixels of the video)}]}]}; an
+actor has a tube for each class. tubes.csv: AVA's columns, a line a box and class: video, second, x1, y1, x2, y2 in [0, 1],
+class number from 1, the tube's score.
 """
 # B clips, T frames, A actor queries, C classes, N actors, n detections; H, W of a frame, H', W' of an attention map
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -31,7 +32,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
-from data import MEAN, STD, draw_view, render
+from data import MEAN, STD, UCF_CLASSES, draw_view, render
 from evaluate import ROWS, add_source_arguments, bar, clip_videos, load_model, open_dataset, rows, shortest_tube, start
 from metrics import box_iou, link_tubes
 from objective import cxcywh_to_xyxy
@@ -320,8 +321,10 @@ def dataset_clips(dataset, indices, config):
         yield clip, target, pictures[config.frames // 2:][:1] if config.key_frame else pictures
 
 
-def video_rate(path):
-    """Frames per second of a video file; an error that says what is wrong with a file that has none."""
+@contextlib.contextmanager
+def open_video(path):
+    """A video file's container and its stream of pictures; an error that says what is wrong with a file that has none, or
+    that breaks off."""
     import av
     if not Path(path).is_file():
         raise SystemExit(f"video missing: {path}")
@@ -329,27 +332,28 @@ def video_rate(path):
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise SystemExit(f"{path} holds no video stream, sound alone perhaps; give a file with pictures")
-            return float(container.streams.video[0].average_rate or container.streams.video[0].guessed_rate or 25)
+            yield container, container.streams.video[0]
     except av.FFmpegError as error:
-        raise SystemExit(f"{path} cannot be read as a video ({error}); is it whole? Or convert it") from error
+        raise SystemExit(f"{path} cannot be read as a video ({error}); is it whole? Or convert it with ffmpeg") from error
+
+
+def video_rate(path):
+    """Frames per second of a video file, the mean of those that come at uneven times."""
+    with open_video(path) as (_, stream):
+        return float(stream.average_rate or stream.guessed_rate or 25)
 
 
 def video_frames(path, rate):
-    """The frames of a video file, decoded in a stream: ((H, W, 3) uint8, seconds from the first one). A change of size on the
-    way is undone; a frame that does not say its time comes 1 / rate behind the one before."""
-    import av
+    """The frames of a video file, decoded in a stream: ((H, W, 3) uint8, seconds from the first one), upright as a player
+    shows them. A change of size on the way is undone; a frame without a time comes 1 / rate behind the one before."""
     first, size, time = None, None, -1 / rate
-    try:
-        with av.open(str(path)) as container:
-            container.streams.video[0].thread_type = "AUTO"
-            for number, frame in enumerate(container.decode(video=0)):
-                first = first if number else frame.time
-                size = size or (frame.width, frame.height)
-                time = time + 1 / rate if None in (first, frame.time) else frame.time - first
-                yield frame.reformat(*size, "rgb24").to_ndarray(), time
-    except av.FFmpegError as error:
-        raise SystemExit(f"{path} cannot be decoded behind second {max(time, 0):.1f} ({error}); "
-                         "convert it with ffmpeg") from error
+    with open_video(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        for number, frame in enumerate(container.decode(stream)):
+            first = first if number else frame.time
+            size = size or (frame.width, frame.height)
+            time = time + 1 / rate if None in (first, frame.time) else frame.time - first
+            yield np.rot90(frame.reformat(*size, "rgb24").to_ndarray(), frame.rotation // 90), time
 
 
 def video_clips(path, config, rate):
@@ -357,7 +361,7 @@ def video_clips(path, config, rate):
 
     Clips of T frames begin T // 2 frames apart, and a frame is taken from the clip in whose middle it is (target["frames"]),
     so that it is seen with what comes before and after; the video's last clip is filled up with its last frame. For key-frame
-    models a clip begins with every second, and its middle frame is a frame of the result.
+    models a clip begins with every second (by the average rate), and its middle frame is a frame of the result.
     """
     span = (config.frames - 1) * config.sampling_rate + 1                   # frames that a clip reaches over
     step = max(1, round(rate)) if config.key_frame else max(config.frames // 2, 1)
@@ -375,7 +379,7 @@ def video_clips(path, config, rate):
             if step > span:
                 continue
         buffer.append([*frame, None])
-    if buffer and (number == 0 or not config.key_frame or len(buffer) == span):
+    if buffer and (number == 0 or not config.key_frame or len(buffer) > config.frames // 2 * config.sampling_rate):
         yield video_clip(path, buffer, number, config, step, last=True)
 
 
@@ -402,12 +406,14 @@ def video_clip(path, buffer, number, config, step, last):
 
 def write_tubes(out, video, rate, actors, frames, names):
     """tubes.json and tubes.csv in the folder `out`: see the top of this file. Returns their paths."""
+    # a data set's frame numbers tell the time: they count frames from 1, or are AVA's seconds (rate 1)
+    seconds = dict(zip(frames["number"], frames["seconds"] or [(n - (rate != 1)) / rate for n in frames["number"]]))
     record = {"video": video, "rate": rate, "size": frames["size"], "classes": list(names), "actors": [
         {"colour": "#%02x%02x%02x" % colour, "tubes": [
             {"label": names[tube["label"]], "score": round(float(tube["score"]), 4), "frames": tube["frames"].tolist(),
+             "seconds": [round(seconds[frame], 3) for frame in tube["frames"].tolist()],
              "boxes": np.round(tube["boxes"], 1).tolist()} for tube in tubes]}
         for tubes, colour in zip(actors, choose_colours(actors))]}
-    seconds = dict(zip(frames["number"], frames["seconds"] or np.arange(len(frames["number"])) / rate))
     lines, size = [], np.array([*frames["size"]][::-1] * 2)
     for tube in sum(actors, []):
         places = (tube["boxes"] / size).clip(0, 1).round(4).tolist()
@@ -415,30 +421,9 @@ def write_tubes(out, video, rate, actors, frames, names):
                   for frame, place in zip(tube["frames"].tolist(), places)]
     with open(out / "tubes.csv", "w", newline="") as file:
         csv.writer(file).writerows([video, f"{second:.3f}", *rest] for second, *rest in sorted(lines))
-    (out / "tubes.json").write_text(json.dumps(record) + "\n")
+    (out / "tubes.json.tmp").write_text(json.dumps(record) + "\n")
+    (out / "tubes.json.tmp").replace(out / "tubes.json")                    # whole or not at all: it says that NAME is done
     return [out / "tubes.json", out / "tubes.csv"]
-
-
-def visualize(model, clips, video, rate, names, config, device, out, classes=(), min_score=0.3, top=3, heads="all"):
-    """Writes NAME.mp4, NAME.png, tubes.json and tubes.csv to the folder `out`; `clips()` gives the clips anew each time.
-    Returns their paths and the actors."""
-    actors, frames = find_actors(model, clips(), config, device, min_score)
-    out, count = Path(out), len(frames["number"])
-    out.mkdir(parents=True, exist_ok=True)
-    name = video.replace("/", "_")
-    on_sheet, sheet = set(np.linspace(0, count - 1, SHEET_FRAMES).astype(int).tolist()), []
-
-    def pictures():
-        drawn = draw(model, clips(), actors, names, config, device, classes, top, heads)
-        for i, picture in enumerate(bar(drawn, "drawing", total=count, unit="frame")):
-            if i in on_sheet:
-                sheet.append([picture])
-            yield picture
-
-    paths = [out / f"{name}.mp4", out / f"{name}.png"]
-    save_video(paths[0], pictures(), rate, frames["seconds"])
-    save_sheet(paths[1], sheet)
-    return [*paths, *write_tubes(out, video, rate, actors, frames, names)], actors
 
 
 @torch.inference_mode()
@@ -480,11 +465,40 @@ def draw_points(pictures, points, levels, weights, place):
     return panels
 
 
-def find_videos(sources):
-    """The video files that --video names, files and folders (and what is in them); an error if two have one name."""
+def visualize(model, clips, video, rate, config, device, out, args, names, classes=()):
+    """Finds the tubes of a video or clip and writes what the top of this file says to the folder `out`; `clips()` gives the
+    clips anew each time. args: the command line's; classes: ids of those whose attention is drawn."""
+    actors, frames = find_actors(model, clips(), config, device, args.min_score)
+    out, name, count = Path(out), video.replace("/", "_"), len(frames["number"])
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"{name}.mp4", out / f"{name}.png"]
+    on_sheet, sheet = set(np.linspace(0, count - 1, SHEET_FRAMES).astype(int).tolist()), []
+
+    def pictures():
+        drawn = draw(model, clips(), actors, names, config, device, classes, args.top, args.heads)
+        for i, picture in enumerate(bar(drawn, "drawing", total=count, unit="frame")):
+            if i in on_sheet:
+                sheet.append([picture])
+            yield picture
+
+    save_video(paths[0], pictures(), rate, frames["seconds"])
+    save_sheet(paths[1], sheet)
+    if args.look_from:
+        place, clip = (0.5, *args.look_from[::-1]), next(clips())[0]
+        paths.append(out / f"{name}-points.png")
+        save_sheet(paths[-1], [draw_points(frames_of(clip), *sampling_points(model, clip, place, device), place)])
+    paths += write_tubes(out, video, rate, actors, frames, names)
+    found = f"{sum(map(len, actors))} tubes" if actors else f"no score reached {args.min_score}: lower --min-score"
+    print(f"{video}: {len(actors)} actors, {found}; wrote " + ", ".join(map(str, paths)))
+
+
+def find_videos(sources, out):
+    """The video files that --video names, files and folders (and what is in them, but for the results in `out`); an error if
+    two have one name."""
     videos = []
     for source in map(Path, sources):
-        inside = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEOS) if source.is_dir() else [source]
+        inside = [path for path in source.rglob("*") if path.suffix.lower() in VIDEOS] if source.is_dir() else [source]
+        inside = sorted(path for path in inside if path == source or out.resolve() not in path.resolve().parents)
         if not inside:
             raise SystemExit(f"no video ({', '.join(VIDEOS)}) in {source}")
         videos += inside
@@ -497,37 +511,27 @@ def find_videos(sources):
 def show_videos(model, sources, config, device, rank, args, **options):
     """Tubes and attention of video files, each in a folder of its own where there are several: shared over the ranks, those
     that are done left out. Returns the messages of the videos that could not be read."""
-    videos, failed = find_videos(sources), []
+    root, failed = Path(args.out or "out"), []
+    videos = find_videos(sources, root)
     several = len(videos) > 1 or Path(sources[0]).is_dir()
     world = int(os.environ.get("WORLD_SIZE", 1))
     for path in videos[rank::world]:
-        out = Path(args.out or "out") / path.stem if several or not args.out else Path(args.out)
+        out = root / path.stem if several or not args.out else root
+        if (out / f"{path.stem}.mp4").resolve() == path.resolve():
+            raise SystemExit(f"{path} would be overwritten by its own result: choose another --out")
         if several and (out / "tubes.json").is_file():
             print(f"{out / 'tubes.json'} is there: {path} is done")
             continue
         try:
             rate = video_rate(path)
             clips = partial(video_clips, path, config, rate)
-            show(model, clips, path.stem, 1 if config.key_frame else rate, config, device, out, args, **options)
+            visualize(model, clips, path.stem, 1 if config.key_frame else rate, config, device, out, args, **options)
         except SystemExit as error:
-            if not several:
+            if not several or not isinstance(error.code, str):              # a number: ended by a signal
                 raise
             print(error)
             failed.append(str(error))
     return failed
-
-
-def show(model, clips, video, rate, config, device, out, args, names, **options):
-    """`visualize`, and --look-from; says what was found and written."""
-    if args.look_from:
-        place, (clip, _, pictures) = (0.5, *args.look_from[::-1]), next(clips())
-        path = Path(out) / f"{video.replace('/', '_')}-points.png"
-        save_sheet(path, [draw_points(pictures, *sampling_points(model, clip, place, device), place)])
-        print(f"wrote {path}")
-    paths, actors = visualize(model, clips, video, rate, names, config, device, out, min_score=args.min_score, top=args.top,
-                              heads=args.heads, **options)
-    found = f"{sum(map(len, actors))} tubes" if actors else f"no score reached {args.min_score}: lower --min-score"
-    print(f"{video}: {len(actors)} actors, {found}; wrote " + ", ".join(map(str, paths)))
 
 
 def arguments(argv=None):
@@ -537,20 +541,15 @@ def arguments(argv=None):
     source = group.add_mutually_exclusive_group()
     source.add_argument("--clip", type=int, metavar="N", help="a clip of the data set, counted from 0 (the default: 0)")
     source.add_argument("--video-name", metavar="NAME", help="a whole video of the data set")
-    source.add_argument("--video", metavar="FILE", nargs="+", help="videos of one's own, files or folders; processes of "
-                                                                   "torchrun share them, those that are done are left out")
-    group.add_argument("--classes", nargs="+", default=[], metavar="a,b",
-                       help="classes whose attention is drawn; default: each actor's best class")
-    group.add_argument("--heads", choices=("all", "content"), default="all",
-                       help="attention heads that are shown: all, or those that see content alone (quirk split_heads)")
+    source.add_argument("--video", metavar="FILE", nargs="+", help="one's own, files or folders; processes share them")
+    group.add_argument("--classes", nargs="+", default=[], metavar="a,b", help="whose attention is drawn (each actor's best)")
+    group.add_argument("--heads", choices=("all", "content"), default="all", help="content: those that see content alone")
     group.add_argument("--look-from", nargs=2, type=float, metavar=("X", "Y"), help="draw the encoder's sampling points too, "
                        "from the cell at this place of the first clip's middle, in shares of width and height")
     group.add_argument("--min-score", type=float, default=0.3, help="boxes below this score are left out (0.3)")
     group.add_argument("--top", type=int, default=3, help="classes written at an actor, at most (3)")
-    group.add_argument("--rate", type=float, help="frames per second of a data set's clips, default 25 (4 where they have "
-                                                  "fewer than 30 frames), for key frames 1; a video keeps its times")
-    group.add_argument("--out", metavar="DIR", help="folder of the results, default out/NAME; for several videos the folder "
-                                                    "of their folders")
+    group.add_argument("--rate", type=float, help="frames a second of a data set's clips (25; short clips 4, key frames 1)")
+    group.add_argument("--out", metavar="DIR", help="folder of the results (out/NAME); of several videos, of their folders")
     args = parser.parse_args(argv)
     if not args.ckpt:
         parser.error("name a checkpoint: --ckpt runs/NAME/best.pt")
@@ -564,18 +563,21 @@ def main(argv=None):
     device, rank = start(args.device)
     model, config, checkpoint = load_model(args.ckpt, args.set, device)
     if args.heads == "content" and "split_heads" not in config.quirks:
-        raise SystemExit(f"--heads content: the heads of {args.ckpt} see content and place at once (no quirk split_heads)")
+        raise SystemExit(f"--heads content: no heads of {args.ckpt} see content alone (no quirk split_heads)")
     trained = checkpoint.get("settings", {}) | {"dataset": checkpoint["dataset"]}
-    dataset = None if args.video else open_dataset(args, config, checkpoint["classes"], args.ckpt, trained)
-    names = checkpoint["classes"] or (list(dataset.class_names) if dataset else
-                                      [f"class {number}" for number in range(1, config.num_classes + 1)])
+    # a video needs no data set; but the authors' checkpoints do not name their classes, and --data may
+    dataset = None if args.video and (checkpoint["classes"] or not args.data) else \
+        open_dataset(args, config, checkpoint["classes"], args.ckpt, trained)
+    names = checkpoint["classes"] or (list(dataset.class_names) if dataset else list(UCF_CLASSES) if config.num_classes == 24
+                                      else [f"class {number}" for number in range(1, config.num_classes + 1)])
     chosen = [name for text in args.classes for name in ([text] if text in names else text.split(","))]
     if unknown := [name for name in chosen if name not in names]:
         raise SystemExit(f"unknown classes {', '.join(unknown)}; {args.ckpt} knows: {', '.join(names)}")
     options = {"names": names, "classes": [names.index(name) for name in chosen]}
     print(f"{args.ckpt} is {checkpoint['kind']}")
     if args.video:
-        if failed := show_videos(model, args.video, config, device, rank, args, **options):
+        failed = show_videos(model, args.video, config, device, rank, args, **options)
+        if failed and "WORLD_SIZE" not in os.environ:                       # torchrun would end the other processes
             raise SystemExit(f"{len(failed)} videos could not be read:\n" + "\n".join(failed))
         return
     if args.video_name:
@@ -589,7 +591,7 @@ def main(argv=None):
             raise SystemExit(f"--clip {args.clip}: {dataset.name} has clips 0 to {len(dataset) - 1}")
         indices, video = [args.clip or 0], f"{dataset.name}-clip-{args.clip or 0}"
     rate = args.rate or (1 if config.key_frame else 25 if config.frames >= 30 else 4)
-    show(model, partial(dataset_clips, dataset, indices, config), video, rate, config, device,
+    visualize(model, partial(dataset_clips, dataset, indices, config), video, rate, config, device,
          args.out or Path("out") / video.replace("/", "_"), args, **options)
 
 

@@ -206,8 +206,8 @@ ALTERNATIVES = [dict(encoder="transformer"), dict(encoder="transformer", decoder
                          ids=["synthetic", "tiny", "tiny-plain-key"])
 @pytest.mark.parametrize("changes", ALTERNATIVES, ids=lambda changes: " ".join(map(str, changes.values())))
 def test_rows_of_tables_1_to_4(base, changes):
-    """Every alternative trains all its parameters, gives a clip beside a larger one what it gives it alone, and its class
-    attention is one, off the padding where no quirk lets it there."""
+    """Every alternative trains all its parameters, gives a clip beside a smaller one what it gives it alone, runs with a gate
+    that no actor passes, and its class attention is one, off the padding where no quirk lets it there."""
     config = replace(base, **changes)
     torch.manual_seed(1)
     model = VideoActionDetector(config)
@@ -221,6 +221,8 @@ def test_rows_of_tables_1_to_4(base, changes):
     with torch.no_grad():
         out, alone = model.eval()(clips, mask, return_attention=True), model(clips[:1], return_attention=True)
         some = model(clips, mask, frames=torch.tensor([0])) if not config.key_frame else None
+        model.config = replace(config, gate=1.1)
+        assert model(clips, mask, return_attention=True)["pred_logits"].isfinite().all()
     frames = 1 if config.key_frame else config.frames
     assert out["pred_logits"].shape == (2, frames, config.num_queries, config.num_classes)
     assert out["attention"].shape[:4] == out["pred_logits"].shape

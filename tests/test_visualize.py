@@ -1,10 +1,13 @@
 """visualize.py: pictures whose pixels are known beforehand, from stand-ins that say where the actors are and look."""
+import contextlib
 import csv
 import json
 import re
+import sys
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,9 +240,12 @@ def test_a_key_frame_model_sees_one_frame_a_second(tmp_path):
     pytest.importorskip("av")
     path, config = write_video(tmp_path / "in.mp4", 35), replace(CONFIG, key_frame=True)
     clips = list(visualize.video_clips(path, config, 10))
-    assert [target["frame_ids"].tolist() for _, target, _ in clips] == [[1], [2], [3]]
-    assert [len(pictures) for _, _, pictures in clips] == [1, 1, 1]
-    np.testing.assert_allclose([pictures.mean() for _, _, pictures in clips], [5 + 40, 5 + 140, 5], atol=4)
+    longer = list(visualize.video_clips(path, replace(config, sampling_rate=4), 10))      # 29 frames a clip, from 10 to 10
+    assert [target["times"] for _, target, _ in longer] == [(pytest.approx(second, abs=1e-3),) for second in (1.6, 2.6)]
+    np.testing.assert_allclose([pictures.mean() for _, _, pictures in longer], [5 + 160, 5 + 20], atol=4)
+    assert [target["frame_ids"].tolist() for _, target, _ in clips] == [[1], [2], [3], [4]]
+    assert [len(pictures) for _, _, pictures in clips] == [1, 1, 1, 1], "the last one has its middle, if not its end"
+    np.testing.assert_allclose([pictures.mean() for _, _, pictures in clips], [5 + 40, 5 + 140, 5, 5 + 100], atol=4)
 
 
 def test_files_that_are_no_videos_are_clear_errors(tmp_path):
@@ -258,12 +264,12 @@ def test_files_that_are_no_videos_are_clear_errors(tmp_path):
         visualize.video_rate(tmp_path / "sound.wav")
 
 
-def command(folder, monkeypatch, *options, **changes):
+def command(folder, monkeypatch, *options, names=NAMES, **changes):
     """visualize.main with an untrained checkpoint and these options, without signal handlers."""
     torch.manual_seed(0)
     config = replace(CONFIG, **changes)
     content = {"model": VideoActionDetector(config).state_dict(), "config": asdict(config), "dataset": "synthetic",
-               "classes": NAMES}
+               "classes": names}
     torch.save(content, folder / "c.pt")
     monkeypatch.setattr(visualize, "start", lambda device: (torch.device(device), 0))
     visualize.main(["--ckpt", str(folder / "c.pt"), "--device", "cpu", *map(str, options)])
@@ -296,24 +302,82 @@ def test_a_folder_of_videos_is_shared_over_processes_and_goes_on_where_it_was_le
     options = ["--video", tmp_path / "in", "--out", tmp_path / "out"]
     find = visualize.find_videos
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(visualize, "find_videos", lambda sources: find(sources)[1:] + find(sources)[:1])  # broken comes first
-    with pytest.raises(SystemExit, match="1 videos could not be read:\n.*broken.mp4 cannot be read as a video"):
-        command(tmp_path, monkeypatch, *options)
+    monkeypatch.setattr(visualize, "find_videos", lambda *where: find(*where)[1:] + find(*where)[:1])    # broken comes first
+    command(tmp_path, monkeypatch, *options)                                 # else torchrun would end the other process
+    assert "broken.mp4 cannot be read as a video" in capsys.readouterr().out
     first = sorted(path.parent.name for path in (tmp_path / "out").rglob("tubes.json"))
     assert len(first) == 1
     monkeypatch.undo()
-    (tmp_path / "in" / "broken.mp4").unlink()
-    capsys.readouterr()
-    command(tmp_path, monkeypatch, *options)
+    with pytest.raises(SystemExit, match="1 videos could not be read:\n.*broken.mp4 cannot be read as a video"):
+        command(tmp_path, monkeypatch, *options)
     assert sorted(path.parent.name for path in (tmp_path / "out").rglob("tubes.json")) == ["a", "b", "c"]
     said = capsys.readouterr().out
     assert said.count("is done") == 1 and f"{first[0]}/tubes.json is there" in said
+    found = visualize.find_videos([tmp_path], tmp_path / "out")
+    assert sorted(path.name for path in found) == ["a.mp4", "b.mp4", "broken.mp4", "c.avi"], "results are no videos to look at"
     write_video(tmp_path / "in" / "deep" / "a.mp4", 3)
     with pytest.raises(SystemExit, match="several videos are called a"):
         command(tmp_path, monkeypatch, *options)
     with pytest.raises(SystemExit, match="no video .* in .*empty"):
         (tmp_path / "empty").mkdir()
         command(tmp_path, monkeypatch, "--video", tmp_path / "empty", "--out", tmp_path / "out")
+
+
+def test_a_signal_ends_a_folder_of_videos_and_is_no_broken_video(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        write_video(tmp_path / "in" / f"{name}.mp4", 3)
+    met = []
+    monkeypatch.setattr(visualize, "visualize", lambda model, clips, video, *rest, **options: met.append(video) or sys.exit(143))
+    with pytest.raises(SystemExit) as ended:
+        command(tmp_path, monkeypatch, "--video", tmp_path / "in", "--out", tmp_path / "out")
+    assert ended.value.code == 143 and met == ["a"]
+
+
+def test_a_result_never_takes_the_place_of_its_video(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    content = write_video(tmp_path / "in.mp4", 3).read_bytes()
+    with pytest.raises(SystemExit, match="in.mp4 would be overwritten by its own result: choose another --out"):
+        command(tmp_path, monkeypatch, "--video", tmp_path / "in.mp4", "--out", tmp_path)
+    assert (tmp_path / "in.mp4").read_bytes() == content
+
+
+def test_a_phone_s_video_stands_upright(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    path = write_video(tmp_path / "in.mp4", 2)
+
+    class Turned:                                                            # as PyAV gives a frame to be turned clockwise
+        width, height, time, rotation = 4, 2, 0.0, -90
+
+        def reformat(self, width, height, kind):
+            return SimpleNamespace(to_ndarray=lambda: np.arange(24, dtype=np.uint8).reshape(height, width, 3))
+
+    @contextlib.contextmanager
+    def opened(path):
+        yield SimpleNamespace(decode=lambda stream: [Turned()]), SimpleNamespace()
+    monkeypatch.setattr(visualize, "open_video", opened)
+    ((picture, _),) = visualize.video_frames(path, 10)
+    assert picture.shape == (4, 2, 3), "wider than high becomes higher than wide"
+    assert picture[0, -1].tolist() == [0, 1, 2], "the upper left corner goes to the upper right"
+
+
+def test_a_checkpoint_of_24_classes_that_does_not_name_them_knows_ucf_s(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    path = write_video(tmp_path / "in.mp4", 3)
+    command(tmp_path, monkeypatch, "--video", path, "--out", tmp_path / "out", "--classes", "Fencing", names=None, num_classes=24)
+    assert json.loads((tmp_path / "out" / "tubes.json").read_text())["classes"][6] == "Fencing"
+    with pytest.raises(SystemExit, match="knows: class 1, class 2"):
+        command(tmp_path, monkeypatch, "--video", path, "--out", tmp_path / "out", "--classes", "Fencing", names=None)
+
+
+def test_times_of_a_data_set_s_clips_follow_from_the_frame_numbers(tmp_path):
+    tube = {"label": 0, "score": 0.5, "boxes": np.zeros((3, 4))}
+    for rate, numbers, seconds in [(25, [26, 27, 51], [1.0, 1.04, 2.0]), (1, [902, 903, 905], [902.0, 903.0, 905.0])]:
+        frames = {"number": numbers, "seconds": [], "size": [60, 80]}
+        visualize.write_tubes(tmp_path, "v", rate, [[{**tube, "frames": np.array(numbers)}]], frames, NAMES)
+        assert [float(line[1]) for line in csv.reader((tmp_path / "tubes.csv").open())] == seconds
+        assert json.loads((tmp_path / "tubes.json").read_text())["actors"][0]["tubes"][0]["seconds"] == seconds
 
 
 def test_videos_that_break_off_or_hold_nothing_are_clear_errors(tmp_path, monkeypatch):
@@ -370,7 +434,7 @@ def test_command_line_writes_video_sheet_and_tubes_of_one_s_own_video(tmp_path, 
     path = write_video(tmp_path / "in.mp4", 11)
     options = ["--video", path, "--out", tmp_path / "out"]
     command(tmp_path, monkeypatch, *options, "--min-score", "0.01", "--classes", "sit,run", "--look-from", "0.5", "0.5")
-    assert Image.open(tmp_path / "out" / "in-points.png").size == (8 * 320, 262)
+    assert Image.open(tmp_path / "out" / "in-points.png").size == (8 * 340, 278)                # what the model sees, 64 x 85
     assert str(tmp_path / "out" / "in.mp4") in capsys.readouterr().out
     with av.open(str(tmp_path / "out" / "in.mp4")) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
