@@ -2,7 +2,12 @@
 import csv
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,6 +30,31 @@ def test_every_row_is_a_config_of_its_own_and_every_table_has_the_full_model():
     assert [len(TABLES[table][2]) for table in "1234"] == [5, 3, 2, 4]
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_terminated_it_terminates_its_runs(tmp_path):
+    """A run that says nothing and waits stands in for train.py."""
+    (tmp_path / "train.py").write_text("import time, pathlib; pathlib.Path('started').touch(); time.sleep(300)")
+    code = ("import sys; from pathlib import Path; from tools import experiments; experiments.ROOT = Path(sys.argv[1]); "
+            "sys.exit(experiments.main(['--table', '3', '--seeds', '0', '--jobs', '1', '--out', sys.argv[1]]))")
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(experiments.__file__).parents[1],
+                               stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if (tmp_path / "started").exists():
+            break
+        time.sleep(0.1)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split() or [
+        child for task in Path(f"/proc/{process.pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert not Path(f"/proc/{child}").exists()
+
+
 def write_run(folder, row, seed, values, clips=1760):
     """A run that is done, with its numbers."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,11 +72,13 @@ def test_runs_are_shared_between_tables_kept_when_done_and_resumed_when_broken_o
     def train(command, cwd, env, stdout, stderr):
         commands.append(command[2:])
         folder = command[command.index("--resume" if "--resume" in command else "--out") + 1]
-        row = next(row for row in ROWS for seed in (0, 1) if folder.endswith(experiments.folder_of("", row, seed).name))
-        write_run(experiments.Path(folder), row, int(folder[-1]), {"f-mAP all": 0.5})
-        return SimpleNamespace(returncode=int("mean-seed1" in folder))
+        row = next(row for row in ROWS for seed in (0, 1) for kind in ("", "-time")
+                   if folder.endswith("/" + experiments.folder_of("", row, seed, kind).name))
+        clips = next((int(word.partition("=")[2]) for word in command if word.startswith("clips")), 1760)
+        write_run(experiments.Path(folder), row, int(folder[-1]), {"f-mAP all": 0.5}, clips)
+        return SimpleNamespace(wait=lambda: int("mean-seed1" in folder))
 
-    monkeypatch.setattr(experiments.subprocess, "run", train)
+    monkeypatch.setattr(experiments.subprocess, "Popen", train)
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     monkeypatch.setattr(experiments, "cost", lambda config: ("1 M", "1 G"))
     (tmp_path / "docs").mkdir()
@@ -62,6 +94,15 @@ def test_runs_are_shared_between_tables_kept_when_done_and_resumed_when_broken_o
                      "without-P-seed1"]
     assert [command for command in commands if "--resume" in command] == [["--resume", str(broken)]]
     assert "--set aggregation=weighted" in " ".join(commands[0]) and "--seed 0" in " ".join(commands[0])
+    commands.clear()
+    monkeypatch.setattr(experiments, "time_step", lambda config, *_: {"clips_per_s": 1.0 + (config.aggregation == "mean")})
+    for _ in range(2):                                                       # the second call goes by what the first took
+        assert experiments.main(["--table", "2", "--seeds", "0", "--jobs", "1", "--same-time", "--out", str(tmp_path)]) == 0
+        monkeypatch.setattr(experiments, "time_step", None)
+    assert [command[-2:] for command in commands] == [["aggregation=weighted", "clips_per_epoch=1760"],
+                                                      ["aggregation=mean", "clips_per_epoch=3520"]]
+    assert "### Table 2: aggregation of the levels (AVA mAP, UCF f-mAP), the same time" in (
+        tmp_path / "docs" / "experiments.md").read_text()
     commands.clear()
     assert experiments.main(["--table", "2", "3", "--seeds", "0", "1", "--jobs", "2", "--out", str(tmp_path)]) == 0
     assert not commands

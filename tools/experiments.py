@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -74,19 +75,23 @@ def folder_of(out, row, seed, kind=""):
     return Path(out) / "{}{}-seed{}".format(row.replace(", ", "-").replace(" + ", "-").replace(" ", "-"), kind, seed)
 
 
+def saved_config(folder):
+    """The Config of the run in a folder, None without one."""
+    if not (folder / "config.json").is_file():
+        return None
+    saved = json.loads((folder / "config.json").read_text())
+    return config_from_dict({field.name: saved[field.name] for field in fields(Config) if field.name in saved})
+
+
 def is_done(folder, config=None):
     """Whether a run has ended. SystemExit if the folder holds a run of another Config (None: of any)."""
-    if not (folder / "config.json").is_file():
-        return False
-    saved = json.loads((folder / "config.json").read_text())
-    saved = config_from_dict({field.name: saved[field.name] for field in fields(Config) if field.name in saved})
-    if config not in (None, saved):
+    saved, results = saved_config(folder), folder / "results.csv"
+    if None not in (saved, config) and config != saved:
         raise SystemExit(f"{folder} holds a run of another Config (see its config.json): choose another --out or remove it")
-    results = folder / "results.csv"
     return results.is_file() and int(list(csv.DictReader(results.open()))[-1]["epoch"]) == saved.epochs
 
 
-def train_one(job, slots):
+def train_one(job, slots, running):
     """One run to its end, in a process with a core or GPU of its own -> its folder, or None if it failed."""
     folder, row, seed, changes = job
     slot = slots.pop()
@@ -94,10 +99,12 @@ def train_one(job, slots):
         "--out", str(folder), "--seed", str(seed), *(["--set", *ROWS[row], *changes] if ROWS[row] or changes else [])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if torch.cuda.is_available():
-        environment["CUDA_VISIBLE_DEVICES"] = str(slot)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % torch.cuda.device_count()]
     with open(f"{folder}.log", "a") as log:
-        command = [sys.executable, "train.py", *where]
-        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
+        process = subprocess.Popen([sys.executable, "train.py", *where], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        running.append(process)
+        code = process.wait()
     slots.append(slot)
     return None if code else folder
 
@@ -140,7 +147,7 @@ def measure(folder, device):
     results = json.loads((folder / "metrics.json").read_text())
     values = {f"{name} {group}": of[name + "@0.5"] for name in ("f-mAP", "v-mAP")
               for group, of in [("all", results), *results["per_group"].items()]}
-    model, config, _ = evaluate.load_model(folder / "best.pt", (), device)
+    model, config, _ = evaluate.load_model(folder / "last.pt", (), device)
     dataset = build_dataset("synthetic", None, "val", config, train=False)
     found = evaluate.read_detections(folder / "detections.npz")
     several = np.flatnonzero([len(dataset[i][1]["boxes"]) > 1 for i in range(len(dataset))])
@@ -175,35 +182,40 @@ def cost(config):
 
 def report(out, path, device):
     """Writes the tables of all runs that are done behind the mark in docs/experiments.md; what stands above it stays."""
-    lines = []
+    lines, text = [], path.read_text() if path.is_file() else MARK
     for kind, said in (("", "the same number of clips"), ("-time", "the same time")):
         for table, (title, _, rows) in TABLES.items():
-            folders = {row: {seed: folder_of(out, row, seed, kind * (row != FULL)) for seed in range(10)} for row in rows}
-            numbers = {row: {seed: measure(folder, device) for seed, folder in of_row.items() if is_done(folder)}
-                       for row, of_row in folders.items()}
+            folders = {row: {int(folder.name.rpartition("seed")[2]): folder for folder in sorted(
+                Path(out).glob(folder_of("", row, "*[0-9]", kind * (row != FULL)).name)) if is_done(folder)} for row in rows}
+            numbers = {row: {seed: measure(folder, device) for seed, folder in runs.items()} for row, runs in folders.items()}
             if any(numbers[row] for row in rows if row != FULL) and numbers[FULL]:
-                lines += [f"### Table {table}: {title}, {said}", "", *table_lines(rows, numbers), ""]
-    text = path.read_text() if path.is_file() else MARK
-    path.write_text(text[:text.index(MARK)] + MARK + "\n\n" + "\n".join(lines))
+                costs = {row: cost(saved_config(next(iter(runs.values())))) for row, runs in folders.items() if runs}
+                lines += [f"### Table {table}: {title}, {said}", "", *table_lines(rows, numbers, costs), ""]
+    path.write_text(text.partition(MARK)[0] + MARK + "\n\n" + "\n".join(lines))
     print(f"wrote {path}")
 
 
-def table_lines(rows, numbers):
+def table_lines(rows, numbers, costs):
     """A table's rows as Markdown: means over seeds, and below each the differences to the full model, paired by seed."""
     columns = list(next(iter(numbers[FULL].values())))
     lines = [["row", "paper", "parameters", "multiply-adds", "seeds", *columns], ["---"] * (len(columns) + 5)]
     for row, runs in numbers.items():
         values = [interval([run[column] for run in runs.values()]) if runs else "not run" for column in columns]
-        lines.append([row, rows[row], *cost(config_of(row)), " ".join(map(str, runs)), *values])
+        lines.append([row, rows[row], *costs.get(row, ("", "")), " ".join(map(str, runs)), *values])
         if row != FULL and runs:
             lines.append(["*less the full model*", *[""] * 4, *(paired(numbers, row, column) for column in columns)])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def same_time(row, device):
-    """clips_per_epoch that take a row as long as the full model's take it, by steps timed side by side."""
-    ours, full = (time_step(config_of(name), 16, "float32", False, 10, device)["clips_per_s"] for name in (row, FULL))
-    return [f"clips_per_epoch={round(config_of(FULL).clips_per_epoch * ours / full / 16) * 16}"]
+def same_time(out, row, changes, device):
+    """clips_per_epoch that take a row as long as the full model's take it: those of its runs so far, else by steps timed
+    side by side, on one thread as the runs are."""
+    known = [saved_config(folder) for folder in sorted(Path(out).glob(folder_of("", row, "*[0-9]", "-time").name))]
+    if any(known):
+        return [f"clips_per_epoch={next(filter(None, known)).clips_per_epoch}"]
+    torch.set_num_threads(1)
+    ours, full = (time_step(config_of(name, changes), 16, "float32", False, 10, device)["clips_per_s"] for name in (row, FULL))
+    return [f"clips_per_epoch={round(config_of(FULL, changes).clips_per_epoch * ours / full / 16) * 16}"]
 
 
 def arguments(argv=None):
@@ -225,15 +237,23 @@ def main(argv=None):
               for seed in (args.seeds if args.seeds is not None else range(TABLES[table][1]))]
     rows, jobs = {row: None for _, row in wanted}, []
     for row in rows:
-        rows[row] = [*args.set, *(same_time(row, device) if args.same_time and row != FULL and slots else ())]
+        rows[row] = [*args.set, *(same_time(args.out, row, args.set, device) if args.same_time and row != FULL else ())]
     for seed, row in sorted(dict.fromkeys(wanted), key=lambda pair: pair[0]):       # stable: a seed's rows in their order
         folder = folder_of(Path(args.out).resolve(), row, seed, "-time" * (args.same_time and row != FULL))
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not is_done(folder, config_of(row, rows[row])):
             jobs.append((folder, row, seed, rows[row]))
+    running = []
+
+    def stop(number, _):                # the runs save what they have, as on Ctrl-C
+        for process in running:
+            process.terminate()
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
     if slots:
         with ThreadPoolExecutor(len(slots)) as pool:
-            ended = list(tqdm(pool.map(partial(train_one, slots=slots), jobs), "runs", total=len(jobs)))
+            ended = list(tqdm(pool.map(partial(train_one, slots=slots, running=running), jobs), "runs", total=len(jobs)))
         failed = [f"{job[0]}.log" for job, folder in zip(jobs, ended) if folder is None]
         if failed:
             print(f"{len(failed)} runs failed, see the end of {', '.join(failed)}; the command goes on with them")
