@@ -214,7 +214,8 @@ def same_time(out, row, changes, device):
     if any(known):
         return [f"clips_per_epoch={next(filter(None, known)).clips_per_epoch}"]
     torch.set_num_threads(1)
-    ours, full = (time_step(config_of(name, changes), 16, "float32", False, 10, device)["clips_per_s"] for name in (row, FULL))
+    ours, full = (time_step(config_of(name, changes), 16, "float32", False, 10, device)["clips_per_s"]
+                  for name in (row, FULL))
     return [f"clips_per_epoch={round(config_of(FULL, changes).clips_per_epoch * ours / full / 16) * 16}"]
 
 
