@@ -190,19 +190,22 @@ def report(out, path, device):
             numbers = {row: {seed: measure(folder, device) for seed, folder in runs.items()} for row, runs in folders.items()}
             if any(numbers[row] for row in rows if row != FULL) and numbers[FULL]:
                 costs = {row: cost(saved_config(next(iter(runs.values())))) for row, runs in folders.items() if runs}
-                lines += [f"### Table {table}: {title}, {said}", "", *table_lines(rows, numbers, costs), ""]
+                columns = list(next(iter(numbers[FULL].values())))
+                looks = [column for column in columns if column.startswith("attention") or "area" in column]
+                lines += [f"### Table {table}: {title}, {said}", ""]
+                lines += [*table_lines(rows, numbers, costs, [c for c in columns if c not in looks]), ""]
+                lines += ["Shares of the class attention:", "", *table_lines(rows, numbers, costs, looks), ""] if looks else []
     path.write_text(text.partition(MARK)[0] + MARK + "\n\n" + "\n".join(lines))
     print(f"wrote {path}")
 
 
-def table_lines(rows, numbers, costs):
+def table_lines(rows, numbers, costs, columns):
     """A table's rows as Markdown: means over seeds, and below each the differences to the full model, paired by seed."""
-    columns = list(next(iter(numbers[FULL].values())))
     lines = [["row", "paper", "parameters", "multiply-adds", "seeds", *columns], ["---"] * (len(columns) + 5)]
     for row, runs in numbers.items():
         values = [interval([run[column] for run in runs.values()]) if runs else "not run" for column in columns]
         lines.append([row, rows[row], *costs.get(row, ("", "")), " ".join(map(str, runs)), *values])
-        if row != FULL and runs:
+        if row != FULL and paired(numbers, row, columns[0]):
             lines.append(["*less the full model*", *[""] * 4, *(paired(numbers, row, column) for column in columns)])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
