@@ -1,5 +1,6 @@
 """tools/benchmark.py: its commands run on a CPU, write what they print, and say what is so by construction."""
 import json
+import signal
 import sys
 from dataclasses import asdict, replace
 
@@ -59,3 +60,25 @@ def test_a_gate_that_none_passes_saves_multiply_adds(monkeypatch, tmp_path):
     rows = command(monkeypatch, tmp_path / "g.json", "gate", "--ckpt", str(tmp_path / "c.pt"), "--gates", "0", "1")["rows"]
     assert [row["actors_classified"] for row in rows] == [1, 0] and rows[1]["f-mAP@0.5"] < rows[0]["f-mAP@0.5"] + 1e-9
     assert rows[1]["giga_multiply_adds"] < 0.8 * rows[0]["giga_multiply_adds"]
+
+
+def test_products_of_bf16_are_rounded_once(monkeypatch):
+    x, y = torch.randn(64, 300).bfloat16(), torch.randn(300, 32).bfloat16().requires_grad_()
+    exact = x.double() @ y.double()
+    with benchmark.Bf16Products():
+        product = x @ y
+        product.sum().backward()
+    assert product.dtype == y.grad.dtype == torch.bfloat16
+    assert ((product - exact).abs() <= exact.abs() * 2 ** -8 + 1e-5).all(), "half a step of 8 bits"
+    assert torch.allclose(y.grad.double(), x.double().sum(0)[:, None].expand(-1, 32), rtol=2 ** -8)
+
+
+def test_curves_of_both_precisions_come_close(monkeypatch, tmp_path):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    rows = command(monkeypatch, tmp_path / "c.json", "curves", "--seeds", "3", "--steps", "3", "--set", "batch_size=2",
+                   "micro_batch=2")
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert [row["precision"] for row in rows] == ["float32", "bf16"] and all(len(row["losses"]) == 3 for row in rows)
+    one, two = (np.array(row["losses"]) for row in rows)
+    assert (one != two).any() and np.allclose(one, two, rtol=0.15)

@@ -1,4 +1,7 @@
-"""Measurements: `python -m tools.benchmark forward`, `gate`, `kernel`, `scoring` or `step`.
+"""Measurements: `python -m tools.benchmark curves`, `forward`, `gate`, `kernel`, `scoring` or `step`.
+
+curves: the loss over the first steps of training on the synthetic set in float32 and under bf16 autocast, several seeds.
+On a CPU, most of which have no bf16 arithmetic, products of bf16 operands are taken in float32 and rounded to bf16.
 
 forward: a clip through a preset, stage by stage: seconds, multiply-adds a second beside those of a 4096^3 matmul, and
 the peak of memory above what the weights take.
@@ -22,16 +25,22 @@ first, against float64; a wrong result ends the run. Every command prints one ta
 
 import argparse
 import collections
+import contextlib
+import itertools
 import json
 import math
 import os
+import tempfile
 import time
 from importlib import machinery, util
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 import deform3d_triton
@@ -439,6 +448,42 @@ def time_step(config, batch, precision, compiled, runs, device):
     return row | {"clips_per_s": 1000 * batch / whole, "peak_gb": evaluate.memory_gb(torch.device(device))}
 
 
+class Bf16Products(TorchDispatchMode):
+    """Matrix products and convolutions of bf16 tensors in float32, their results rounded: what hardware with bf16 does."""
+
+    products = {getattr(torch.ops.aten, name).default for name in (
+        "mm", "bmm", "addmm", "baddbmm", "linear", "convolution", "convolution_backward")}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if function not in self.products or not any(x.dtype == torch.bfloat16 for x in tensors):
+            return function(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x, function(*args, **kwargs))
+
+
+def curves(arguments):
+    """The command `curves`: see the top of the file."""
+    rows, report = [], train.report
+
+    def stop(run, line):
+        report(run, line)
+        if line["step"] == arguments.steps:
+            raise KeyboardInterrupt
+
+    for seed, precision in itertools.product(arguments.seeds, ("float32", "bf16")):
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(train, "report", stop), \
+                Bf16Products() if DEVICE == "cpu" and precision == "bf16" else contextlib.nullcontext():
+            with contextlib.suppress(KeyboardInterrupt):
+                train.main(["--precision", precision, "--seed", str(seed), "--out", f"{folder}/run",
+                            *(["--set", *arguments.set] if arguments.set else [])])
+            losses = [json.loads(line)["loss"] for line in open(f"{folder}/run/log.jsonl")]
+        means = [float(np.mean(part)) for part in np.array_split(losses, 3)]
+        rows.append({"seed": seed, "precision": precision, "thirds": means, "losses": losses})
+        print(f"seed {seed} {precision:8} mean loss by thirds:", *(f"{value:.2f}" for value in means), flush=True)
+    Path(arguments.out).write_text(json.dumps(rows))
+
+
 def step(arguments):
     """The command `step`: see the top of the file."""
     config, name, rows = override(PRESETS[arguments.preset], arguments.set), device_name(), []
@@ -476,6 +521,10 @@ def main():
     add("--runs", type=int, default=20, help="timed calls of each")
     add("--module", help="path of a compiled MultiScaleDeformableAttention extension to compare with")
     add("--sweep", action="store_true", help="also time the kernel with other tiles (GPU)")
+    add = command(curves, "loss in float32 and under bf16 autocast over the first steps of training")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--steps", type=int, default=300)
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change the synthetic preset's Config")
     add = command(forward, "a clip through a preset: seconds by stage, speed, memory", preset="ucf")
     add("--size", nargs=2, type=int, default=[224, 224], metavar=("H", "W"))
     add("--runs", type=int, default=3)

@@ -187,7 +187,7 @@ def report(out, path, device):
         for table, (title, _, rows) in TABLES.items():
             folders = {row: {int(folder.name.rpartition("seed")[2]): folder for folder in sorted(
                 Path(out).glob(folder_of("", row, "*[0-9]", kind * (row != FULL)).name)) if is_done(folder)} for row in rows}
-            numbers = {row: {seed: measure(folder, device) for seed, folder in runs.items()} for row, runs in folders.items()}
+            numbers = {row: {s: measure(run, device) for s, run in runs.items()} for row, runs in folders.items()}
             if any(numbers[row] for row in rows if row != FULL) and numbers[FULL]:
                 costs = {row: cost(saved_config(next(iter(runs.values())))) for row, runs in folders.items() if runs}
                 columns = list(next(iter(numbers[FULL].values())))
