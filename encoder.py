@@ -3,7 +3,7 @@
 The L maps (B, D, T_l, H_l, W_l) of the backbone become one sequence of S = sum T_l*H_l*W_l cells. Every cell, as a query,
 samples P points per head and level around its own place, at offsets in (t, h, w) and with weights that a linear
 layer reads off the query. Then all encoded maps are brought to the T x H x W of one of them, in all T frames
-(last paragraph of Sec. 4.1): `to_common_grid`.
+(last paragraph of Sec. 4.1): `to_common_grid`. Table 1's ordinary encoder is the same with `OrdinaryLayer`s on one map.
 
 Departures of the released model, by their names in SPEC.md: `position_pairs` (sine and cosine of a pair differ in
 frequency), `offset_axes` (an (x, y, t) offset is divided by (T, W, H)), `grid_edge` (the outermost samples of the common

@@ -27,6 +27,7 @@ from encoder import DeformableEncoder, paper_frequencies, position_table, small_
 QUIRKS = ("position_pairs", "offset_axes", "grid_edge", "anchor_before_norm", "three_way_confidence", "shared_block",
           "bare_output", "split_heads", "unmasked_padding", "unused_tensors")
 
+# The words that Config's switches take; those of Tables 1, 2 and 4 are among them.
 CHOICES = {"backbone": ("vit", "csn152", "conv"), "initialisation": ("paper", "small"),
            "encoder": ("deformable3d", "transformer"), "decoder": ("ldl+cdl", "ldl", "detr"),
            "aggregation": ("actor", "weighted", "mean"),

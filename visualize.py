@@ -404,19 +404,18 @@ def video_clip(path, buffer, number, config, step, last):
     return torch.cat(rendered, 1), target, shown
 
 
-def write_tubes(out, video, rate, actors, frames, names):
-    """tubes.json and tubes.csv in the folder `out`: see the top of this file. Returns their paths."""
-    # a data set's frame numbers tell the time: they count frames from 1, or are AVA's seconds (rate 1)
-    seconds = dict(zip(frames["number"], frames["seconds"] or [(n - (rate != 1)) / rate for n in frames["number"]]))
-    record = {"video": video, "rate": rate, "size": frames["size"], "classes": list(names), "actors": [
+def write_tubes(out, video, rate, actors, size, seconds, names):
+    """tubes.json and tubes.csv in the folder `out`: see the top of this file. size: height and width of the video's frames,
+    seconds {frame number: its time}. Returns their paths."""
+    record = {"video": video, "rate": rate, "size": size, "classes": list(names), "actors": [
         {"colour": "#%02x%02x%02x" % colour, "tubes": [
             {"label": names[tube["label"]], "score": round(float(tube["score"]), 4), "frames": tube["frames"].tolist(),
              "seconds": [round(seconds[frame], 3) for frame in tube["frames"].tolist()],
              "boxes": np.round(tube["boxes"], 1).tolist()} for tube in tubes]}
         for tubes, colour in zip(actors, choose_colours(actors))]}
-    lines, size = [], np.array([*frames["size"]][::-1] * 2)
+    lines = []
     for tube in sum(actors, []):
-        places = (tube["boxes"] / size).clip(0, 1).round(4).tolist()
+        places = (tube["boxes"] / np.array([*size][::-1] * 2)).clip(0, 1).round(4).tolist()
         lines += [(seconds[frame], *place, int(tube["label"]) + 1, round(float(tube["score"]), 4))
                   for frame, place in zip(tube["frames"].tolist(), places)]
     with open(out / "tubes.csv", "w", newline="") as file:
@@ -487,7 +486,9 @@ def visualize(model, clips, video, rate, config, device, out, args, names, class
         place, clip = (0.5, *args.look_from[::-1]), next(clips())[0]
         paths.append(out / f"{name}-points.png")
         save_sheet(paths[-1], [draw_points(frames_of(clip), *sampling_points(model, clip, place, device), place)])
-    paths += write_tubes(out, video, rate, actors, frames, names)
+    # a data set's frame numbers tell the time: key frames are named by their second, others count from 1
+    seconds = frames["seconds"] or [n if config.key_frame else (n - 1) / rate for n in frames["number"]]
+    paths += write_tubes(out, video, rate, actors, frames["size"], dict(zip(frames["number"], seconds)), names)
     found = f"{sum(map(len, actors))} tubes" if actors else f"no score reached {args.min_score}: lower --min-score"
     print(f"{video}: {len(actors)} actors, {found}; wrote " + ", ".join(map(str, paths)))
 
@@ -592,7 +593,7 @@ def main(argv=None):
         indices, video = [args.clip or 0], f"{dataset.name}-clip-{args.clip or 0}"
     rate = args.rate or (1 if config.key_frame else 25 if config.frames >= 30 else 4)
     visualize(model, partial(dataset_clips, dataset, indices, config), video, rate, config, device,
-         args.out or Path("out") / video.replace("/", "_"), args, **options)
+              args.out or Path("out") / video.replace("/", "_"), args, **options)
 
 
 if __name__ == "__main__":

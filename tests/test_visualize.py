@@ -371,11 +371,17 @@ def test_a_checkpoint_of_24_classes_that_does_not_name_them_knows_ucf_s(tmp_path
         command(tmp_path, monkeypatch, "--video", path, "--out", tmp_path / "out", "--classes", "Fencing", names=None)
 
 
-def test_times_of_a_data_set_s_clips_follow_from_the_frame_numbers(tmp_path):
+def test_times_of_a_data_set_s_clips_follow_from_the_frame_numbers(tmp_path, monkeypatch):
+    pytest.importorskip("av")
     tube = {"label": 0, "score": 0.5, "boxes": np.zeros((3, 4))}
-    for rate, numbers, seconds in [(25, [26, 27, 51], [1.0, 1.04, 2.0]), (1, [902, 903, 905], [902.0, 903.0, 905.0])]:
-        frames = {"number": numbers, "seconds": [], "size": [60, 80]}
-        visualize.write_tubes(tmp_path, "v", rate, [[{**tube, "frames": np.array(numbers)}]], frames, NAMES)
+    args = SimpleNamespace(min_score=0.3, top=3, heads="all", look_from=None)
+    monkeypatch.setattr(visualize, "draw", lambda *_: iter(np.zeros((3, 60, 80, 3), np.uint8)))
+    for key_frame, rate, numbers, seconds in [(False, 25, [26, 27, 51], [1.0, 1.04, 2.0]), (False, 1, [1, 2, 3], [0, 1, 2]),
+                                              (True, 1, [902, 903, 905], [902, 903, 905])]:
+        found = [[{**tube, "frames": np.array(numbers)}]], {"number": numbers, "seconds": [], "size": [60, 80]}
+        monkeypatch.setattr(visualize, "find_actors", lambda *_: found)
+        config = replace(CONFIG, key_frame=key_frame)
+        visualize.visualize(None, lambda: None, "v", rate, config, "cpu", tmp_path, args, NAMES)
         assert [float(line[1]) for line in csv.reader((tmp_path / "tubes.csv").open())] == seconds
         assert json.loads((tmp_path / "tubes.json").read_text())["actors"][0]["tubes"][0]["seconds"] == seconds
 

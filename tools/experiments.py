@@ -30,13 +30,13 @@ from tqdm import tqdm
 
 import evaluate
 from data import build_dataset, collate
-from evaluate import multiply_adds
 from model import PRESETS, QUIRKS, Config, VideoActionDetector, config_from_dict, override
 from objective import cxcywh_to_xyxy, match
 from tools.benchmark import time_step
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = "deformable3d, LDL + CDL"
+WITHOUT_EFFECT = ("unused_tensors", "position_pairs", "unmasked_padding")   # here: no paper frequencies, no padding
 ROWS = {
     FULL: [],
     "transformer, DETR": ["encoder=transformer", "decoder=detr"],
@@ -49,7 +49,7 @@ ROWS = {
     "concat + 1d conv": ["combine=concat"],
     "cross-attention": ["combine=cross-attention"],
     "self-attention": ["combine=self-attention"],
-    **{f"quirk {name}": [f"quirks={name}"] for name in QUIRKS if name != "unused_tensors"},
+    **{f"quirk {name}": [f"quirks={name}"] for name in QUIRKS if name not in WITHOUT_EFFECT},
 }
 TABLES = {  # title, seeds that it wants, its rows with what the paper has for them
     "1": ("each module (the paper: AVA mAP)", 3, {
@@ -88,7 +88,7 @@ def is_done(folder, config=None):
     saved, results = saved_config(folder), folder / "results.csv"
     if None not in (saved, config) and config != saved:
         raise SystemExit(f"{folder} holds a run of another Config (see its config.json): choose another --out or remove it")
-    return results.is_file() and int(list(csv.DictReader(results.open()))[-1]["epoch"]) == saved.epochs
+    return saved is not None and results.is_file() and int(list(csv.DictReader(results.open()))[-1]["epoch"]) == saved.epochs
 
 
 def train_one(job, slots, running):
@@ -174,9 +174,9 @@ def paired(numbers, row, column):
 
 
 def cost(config):
-    """Parameters in millions and multiply-adds of a clip in billions (tools.benchmark: the sampling op apart)."""
+    """Parameters in millions and multiply-adds of a clip in billions, the sampling op apart."""
     model = VideoActionDetector(config).eval().requires_grad_(False)
-    count = multiply_adds(lambda: model(torch.randn(1, 3, config.frames, 64, 96)))
+    count = evaluate.multiply_adds(lambda: model(torch.randn(1, 3, config.frames, 64, 96)))
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M", f"{count / 1e9:.2f} G"
 
 
