@@ -475,9 +475,11 @@ class OneMapDecoder(nn.Module):
         self.class_head = nn.Linear(dim, num_classes)
 
     def places(self):
+        """The queries' positions, (A*T, D)."""
         return self.query_positions
 
     def forward(self, memory, key_positions, padding, places, x, gate=0.0, return_attention=False):
+        """As `Decoder.forward`; the one map of an actor is returned for each class, and the gate has nothing to leave out."""
         size, memory = memory.shape[2:4], memory.mean(1).flatten(1, 2)                      # (F, N, D)
         keys, hidden, predictions = memory + key_positions.flatten(1, 2), padding.flatten(1), []
         for layer in self.layers:

@@ -67,6 +67,7 @@ def check_detections(detections, needed, place):
 
 
 def check_labels(label, num_classes, place):
+    """ValueError for a class outside of 0..C-1."""
     if len(label) and not (0 <= label.min() and label.max() < num_classes):
         row = np.flatnonzero((label < 0) | (label >= num_classes))[0]
         raise ValueError(f"{place}, row {row}: class {label[row]} is not one of the classes 0..{num_classes - 1}")
@@ -292,6 +293,7 @@ def tube_list(tube, row, score, video, label, frame, box, min_length):
 
 
 def link_strict(detections, min_score, max_gap, min_length):
+    """`link_tubes` by plain rules: the videos with most frames first, VIDEOS_AT_ONCE of them side by side."""
     video, frame, box, *scores = detections
     videos, first, count, table, number = frame_table(video, frame)
     tubes, longest = [], np.argsort(-count, kind="stable")
@@ -370,6 +372,7 @@ def released_tubes(rows, box, scores, enters, protocol):
 
 
 def link_released(detections, protocol, num_frames):
+    """`link_tubes` as the released code does it, best paths through all frames; one video after the other."""
     video, frame, box, class_prob, conf = detections
     videos, first, count, table, number = frame_table(video, frame)
     tubes = []

@@ -427,6 +427,7 @@ class SyntheticDataset(torch.utils.data.Dataset):
         return len(self.videos)
 
     def scene(self, index):
+        """What a clip is drawn from, see `describe`."""
         return describe(self.config, self.split, self.seed, range(len(self))[index])
 
     def __getitem__(self, index):

@@ -68,10 +68,12 @@ MARK = "<!-- What follows is written by tools/experiments.py. -->"
 
 
 def config_of(row, changes=()):
+    """The synthetic preset with a row's switches and the changes."""
     return override(PRESETS["synthetic"], [*ROWS[row], *changes])
 
 
 def folder_of(out, row, seed, kind=""):
+    """Where a run stands: out/ROW-seedN, a run of the same time (kind "-time") in out/ROW-time-seedN."""
     return Path(out) / "{}{}-seed{}".format(row.replace(", ", "-").replace(" + ", "-").replace(" ", "-"), kind, seed)
 
 
