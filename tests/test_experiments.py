@@ -84,7 +84,8 @@ def test_runs_are_shared_between_tables_kept_when_done_and_resumed_when_broken_o
     (tmp_path / "docs").mkdir()
     write_run(experiments.folder_of(tmp_path, FULL, 0), FULL, 0, {"f-mAP all": 0.6})
     broken = experiments.folder_of(tmp_path, "levels mean", 0)
-    broken.mkdir()
+    write_run(broken, "levels mean", 0, {})
+    (broken / "results.csv").write_text("epoch,step\n4,440\n")              # evaluated, then broken off
     (broken / "last.pt").touch()
     assert experiments.main(["--table", "2", "3", "--seeds", "0", "1", "--jobs", "1", "--out", str(tmp_path)]) == 1
     assert "1 runs failed, see the end of" in capsys.readouterr().out
