@@ -245,8 +245,7 @@ HUGGING_FACE_NAMES = [
     (r"\.attention\.attention\.(q_bias|v_bias|query|key|value)", r".attn.\1"),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."),
-]
+    (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2.")]
 
 
 @contextmanager
@@ -313,8 +312,7 @@ def csn_names(tensors):
         (r"comp_(\d+)_spatbn_([134])_(s|b|rm|riv)", lambda n, conv, leaf: f"{blocks[int(n)]}.bn{conv}.{leaves[leaf]}"),
         (r"shortcut_projection_(\d+)_w", lambda n: f"{blocks[int(n)]}.down_sample.0.weight"),
         (r"shortcut_projection_(\d+)_(?:spatbn_)?(s|b|rm|riv)",
-         lambda n, leaf: f"{blocks[int(n)]}.down_sample.1.{leaves[leaf]}"),
-    ]
+         lambda n, leaf: f"{blocks[int(n)]}.down_sample.1.{leaves[leaf]}")]
     named = {}
     for name, value in tensors.items():
         for pattern, ours in patterns:

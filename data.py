@@ -577,7 +577,7 @@ def build_dataset(name, root, split, config, train):
     read raise an OSError when they are read.
     """
     if name == "synthetic":
-        return SyntheticDataset(config, split)
+        return SyntheticDataset(config, split, train=train)
     if config.crop_size > config.resize_size:
         raise ValueError(f"crop_size {config.crop_size} exceeds resize_size {config.resize_size}; set one with --set")
     table, media = read_dataset(name, root, split, config.key_frame, train)

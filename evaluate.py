@@ -10,8 +10,8 @@ them with the data set's ground truth as PROTOCOLS.md says. Nothing else in the 
 Detections are a dict of arrays of n rows, sorted by video, frame and query:
     video (n,) index into dataset.videos; frame (n,) number in the video; box (n, 4) x1, y1, x2, y2 in the annotation's
     pixels; class_prob (n, C); conf (n,): the score of a class is class_prob * conf, equal to model.scores;
-and of the run: videos (v,) the video indices that were evaluated, video_names, classes, dataset, split, config (JSON),
-so that the file detections.npz says by itself what it is of.
+and of the run: videos (v,) the video indices that were evaluated, video_names, classes, dataset, config (JSON), so
+that the file detections.npz says by itself what it is of.
 """
 # B clips, T frames, A actor queries, C classes, N actors of the annotation, n detections
 
@@ -299,9 +299,8 @@ def efficiency(config, device, size=(256, 360), runs=3):
     model.encoder.register_forward_hook(lambda module, maps, out: cells.append(sum(x[0, 0].numel() for x in maps[0])))
     count = multiply_adds(lambda: model(clip))
     points = cells[0] * config.encoder_layers * config.num_levels * config.num_points
-    return {"parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "multiply_adds": count, "sampling_multiply_adds": points * 8 * config.dim, "ms": float(np.median(times[1:])),
-            "peak_gb": peak}
+    return {"parameters": sum(parameter.numel() for parameter in model.parameters()), "multiply_adds": count,
+            "sampling_multiply_adds": points * 8 * config.dim, "ms": float(np.median(times[1:])), "peak_gb": peak}
 
 
 def efficiency_table(device):
@@ -376,12 +375,13 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_source_arguments(parser)
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--detections", metavar="FILE", help="score a saved detections.npz again, without the model")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--detections", metavar="FILE", help="score a saved detections.npz again, without the model")
     group.add_argument("--average", metavar="FILE", nargs="+", help="print the mean of these metrics.json, no more")
     group.add_argument("--protocol", choices=("strict", "released"), default="strict", help="rules of scoring")
     group.add_argument("--eval-share", type=float, default=1.0, help="share of the videos that is evaluated, in (0, 1]")
-    group.add_argument("--oracle", choices=("boxes", "labels"),
-                       help="give matched queries the true boxes (Fig. 1, Table 7) or labels (Fig. 1)")
+    either.add_argument("--oracle", choices=("boxes", "labels"),
+                        help="give matched queries the true boxes (Fig. 1, Table 7) or labels (Fig. 1)")
     group.add_argument("--efficiency", action="store_true", help="parameters, multiply-adds, time and memory of a clip at "
                                                                  "the paper's sizes (Table 6), no more; needs no checkpoint")
     group.add_argument("--batch-size", type=int, help="clips at once per process; default: the Config's micro_batch")

@@ -56,11 +56,12 @@ def check_detections(detections, needed, place):
     if missing := [name for name in needed if name not in detections]:
         raise ValueError(f"{place} lack {missing}; they need {needed}")
     arrays = [np.asarray(detections[name]) for name in needed]
+    arrays = [array.reshape(-1, 4) if name == "box" and array.size == 0 else array for name, array in zip(needed, arrays)]
     if len({len(array) for array in arrays}) > 1:
         raise ValueError(f"{place}: lengths differ: {dict(zip(needed, map(len, arrays)))}")
     for name, array in zip(needed, arrays):
         if name == "box":
-            check_boxes(array.reshape(-1, 4) if array.size == 0 else array, place)
+            check_boxes(array, place)
         elif name in ("score", "scores", "class_prob", "conf") and not np.isfinite(array.sum(dtype=np.float64)):
             raise ValueError(f"{place}, row {np.argwhere(~np.isfinite(array))[0][0]}: {name} is not a finite number")
     return arrays

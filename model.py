@@ -32,6 +32,8 @@ CHOICES = {"backbone": ("vit", "csn152", "conv"), "initialisation": ("paper", "s
            "encoder": ("deformable3d", "transformer"), "decoder": ("ldl+cdl", "ldl", "detr"),
            "aggregation": ("actor", "weighted", "mean"),
            "combine": ("sum", "concat", "cross-attention", "self-attention"), "schedule": ("step", "cosine")}
+AT_LEAST_ONE = ("frames", "sampling_rate", "num_classes", "num_queries", "encoder_layers", "decoder_layers", "num_heads",
+                "num_points", "batch_size", "micro_batch", "epochs", "eval_every")  # fields of which a 0 makes no sense
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,10 @@ class Config:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r}; there are: {', '.join(choices)}")
+        if not all(isinstance(epoch, int) for epoch in self.drop_epochs):
+            raise ValueError(f"drop_epochs {self.drop_epochs!r} are whole numbers: drop_epochs=8,11")
+        if small := [f"{name}={getattr(self, name)}" for name in AT_LEAST_ONE if getattr(self, name) < 1]:
+            raise ValueError(f"{', '.join(small)}: 1 is the least")
 
     @property
     def released(self):
@@ -124,11 +130,10 @@ class Config:
 
 
 UCF = Config()
-AVA = replace(
-    UCF, frames=16, sampling_rate=4, resize_size=288, crop_size=256, test_size=256, num_classes=80, encoder_layers=6,
-    decoder_layers=6, key_frame=True, cost_confidence=12.0, loss_class=10.0, loss_confidence=1.0, no_actor_weight=0.1,
-    label_smoothing=0.1, score_with_confidence=False, jitter_saturation=102, batch_size=16, micro_batch=2, epochs=12,
-    drop_epochs=(8, 11), warmup_epochs=3.0, warmup_lr=1e-5, lr=1e-4, backbone_lr=1e-5, weight_decay=1e-4)
+AVA = replace(UCF, frames=16, sampling_rate=4, resize_size=288, crop_size=256, test_size=256, num_classes=80, encoder_layers=6,
+              decoder_layers=6, key_frame=True, cost_confidence=12.0, loss_class=10.0, loss_confidence=1.0, no_actor_weight=0.1,
+              label_smoothing=0.1, score_with_confidence=False, jitter_saturation=102, batch_size=16, micro_batch=2, epochs=12,
+              drop_epochs=(8, 11), warmup_epochs=3.0, warmup_lr=1e-5, lr=1e-4, backbone_lr=1e-5, weight_decay=1e-4)
 PRESETS = {
     "ucf": UCF,
     "ava": AVA,
@@ -141,8 +146,7 @@ PRESETS = {
         dropout=0.0, logit_dropout=0.0, conv_blocks=1, backbone="conv", initialisation="small", quirks=(),
         loss_class=16.0, deep_supervision=True, jitter_hue=0, jitter_saturation=0, permute_colours=True, batch_size=16,
         micro_batch=8, epochs=10, clips_per_epoch=1760, train_frames=2, drop_epochs=(9,), warmup_epochs=0.5, warmup_lr=0.0,
-        lr=1e-3, backbone_lr=3e-3, weight_decay=1e-2, adam_beta2=0.98, clip_norm=1.0, eval_every=10),
-}
+        lr=1e-3, backbone_lr=3e-3, weight_decay=1e-2, adam_beta2=0.98, clip_norm=1.0, eval_every=10)}
 
 
 def override(config, assignments):
@@ -156,9 +160,9 @@ def override(config, assignments):
             raise ValueError(f"--set {assignment}: not name=value with one of the names {', '.join(kinds)}")
         kind = kinds[name]
         try:
-            value = text if kind is str else ast.literal_eval(text)
+            value = text if kind is str else ast.literal_eval(text.title() if kind is bool else text)
         except (ValueError, SyntaxError):
-            value = tuple(text.split(",")) if kind is tuple else text
+            value = tuple(filter(None, text.split(","))) if kind is tuple else text
         if kind is float and type(value) is int:
             value = float(value)
         if kind is tuple and not isinstance(value, tuple):
@@ -184,6 +188,9 @@ class VideoActionDetector(nn.Module):
         super().__init__()
         self.config = config
         dim, small = config.dim, config.initialisation == "small"
+        unit = 16 * (config.num_heads if small else 1)      # of a position's sines and cosines
+        if dim % unit or dim % config.num_heads:
+            raise ValueError(f"dim={dim} num_heads={config.num_heads}: dim is to be a multiple of {unit} and of the heads")
         if config.backbone == "vit":
             self.backbone = ViT(config.frames, config.vit_depth, config.vit_width, config.vit_heads, config.drop_path,
                                 config.checkpoint_backbone)
@@ -192,6 +199,9 @@ class VideoActionDetector(nn.Module):
             self.backbone, self.neck = CSN152(config.checkpoint_backbone), CSNNeck(dim)
         else:
             self.backbone, self.neck = ConvStem(), ConvNeck(dim)
+        if not 0 <= config.grid_level < config.num_levels <= len(self.neck):
+            raise ValueError(f"num_levels={config.num_levels} grid_level={config.grid_level}: backbone {config.backbone} has "
+                             f"{len(self.neck)} levels at most, and grid_level is one of them, from 0 on")
         self.levels = range(config.num_levels)
         if config.encoder == "transformer":  # what makes the other levels is not there
             self.levels = range(config.grid_level, config.grid_level + 1)
@@ -212,11 +222,9 @@ class VideoActionDetector(nn.Module):
             self.decoder = Decoder(
                 config.decoder_layers, dim, config.num_heads, len(self.levels), config.dim_feedforward, config.dropout,
                 config.num_queries, frames, config.num_classes, config.conv_blocks, config.logit_dropout,
-                config.checkpoint_classifier,
-                frequencies=small_frequencies(dim // 2) if small else paper_frequencies(dim // 2),
-                num_groups=config.num_heads if small else 1, quirks=config.quirks,
-                class_queries=config.decoder == "ldl+cdl", aggregation=config.aggregation,
-                class_position=config.class_position, combine=config.combine)
+                config.checkpoint_classifier, frequencies=(small_frequencies if small else paper_frequencies)(dim // 2),
+                num_groups=config.num_heads if small else 1, quirks=config.quirks, aggregation=config.aggregation,
+                class_queries=config.decoder == "ldl+cdl", class_position=config.class_position, combine=config.combine)
         self.actor_embed = nn.Parameter(0.5 * torch.randn(config.num_queries, dim)) if small else None
         self.initialise()
 
@@ -305,9 +313,8 @@ class VideoActionDetector(nn.Module):
         anchors = anchors if config.key_frame else anchors[frames]
         anchors = anchors.expand(batch, -1, -1, -1).flatten(0, 1)                                 # (F, A, 4)
         actors = memory.new_zeros(config.num_queries, config.dim) if self.actor_embed is None else self.actor_embed
-        predictions, attention = self.decoder(
-            memory.flatten(0, 1), keys, padding, anchors, actors.expand(len(anchors), -1, -1),
-            0.0 if self.training else config.gate, return_attention)
+        actors, gate = actors.expand(len(anchors), -1, -1), 0.0 if self.training else config.gate
+        predictions, attention = self.decoder(memory.flatten(0, 1), keys, padding, anchors, actors, gate, return_attention)
         layers = [{name: value.unflatten(0, (batch, -1)) for name, value in layer.items()} for layer in predictions]
         out = {**layers[-1], "aux_outputs": layers[:-1]}
         if return_attention:
@@ -347,8 +354,7 @@ RELEASED_NAMES = [
     (r"transformer\.decoder\.cls_norm\.", r"decoder.unused_norm."),
     (r"(transformer\.decoder\.)?bbox_embed\.", r"decoder.box_head."),
     (r"class_embed_b\.", r"decoder.confidence_head."),
-    (r"refpoint_embed\.weight", r"decoder.anchors"),
-]
+    (r"refpoint_embed\.weight", r"decoder.anchors")]
 RELEASED_PARTS = {
     "localizing": {"sa_qcontent_proj": "self_query_content", "sa_qpos_proj": "self_query_position",
                    "sa_kcontent_proj": "self_key_content", "sa_kpos_proj": "self_key_position", "sa_v_proj": "self_value",
@@ -360,8 +366,7 @@ RELEASED_PARTS = {
                     "conv_norm": "context_norm", "self_attn.out_proj": "self_output", "q_proj": "unused_query",
                     "k_proj": "key_content", "v_proj": "value", "cls_qpos_sine_proj": "query_position",
                     "cross_attn.out_proj": "output", "cls_linear1_": "linear1", "cls_linear2_": "linear2",
-                    "cls_norm_": "norm3"},
-}
+                    "cls_norm_": "norm3"}}
 
 
 def translate(name):
@@ -431,7 +436,7 @@ def read_checkpoint(path):
     or of the authors' with what can be known of it: the preset, by backbone and number of classes.
     ValueError for other files."""
     content = open_checkpoint(path)
-    if isinstance(content, dict) and {"model", "config"} <= set(content):
+    if isinstance(content, dict) and "model" in content and isinstance(content.get("config"), dict):
         return {**content, "kind": "a checkpoint of this project"}
     tensors, problems = released_weights(content) if isinstance(content, dict) else ({}, [])
     if problems or "decoder.class_queries" not in tensors:

@@ -131,9 +131,8 @@ def detection_loss(outputs, targets, config, counts=None):
                            for part in (box_loss, giou_loss))               # (Y,)
     parts = {"class": class_loss.sum(dim=(1, 2, 3)) / _or_one(frames), "box": box_loss / _or_one(pairs),
              "giou": giou_loss / _or_one(pairs), "conf": conf_loss.sum(dim=(1, 2, 3)) / _or_one(weight)}
-    loss = sum(factor * parts[name].sum() for name, factor in (
-        ("class", config.loss_class), ("box", config.loss_box), ("giou", config.loss_giou),
-        ("conf", config.loss_confidence)))
+    loss = sum(factor * parts[name].sum() for name, factor in (("class", config.loss_class), ("box", config.loss_box),
+                                                               ("giou", config.loss_giou), ("conf", config.loss_confidence)))
     return loss, {name: part[-1].detach() for name, part in parts.items()}
 
 

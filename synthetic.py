@@ -154,8 +154,7 @@ def new_actor(rng, frames, background):
         "trousers": contrasting(rng, background, skin), "colour": contrasting(rng, background, skin),
         "side": 1 - 2 * int(rng.integers(2)), "lean": (0.0, 0.0, 0.0, -0.33, 0.33)[int(rng.integers(5))],
         "stance": rng.uniform(0.07, 0.17) * tall, "lifted": (0, 0, 0, -1, 1)[int(rng.integers(5))],
-        "bend": rng.uniform(-0.35, 0.35), "rod": 8.5j * np.exp(1j * rng.uniform(-0.7, 0.7)), "labels": {}, "intervals": {}
-    }
+        "bend": rng.uniform(-0.35, 0.35), "rod": 8.5j * np.exp(1j * rng.uniform(-0.7, 0.7)), "labels": {}, "intervals": {}}
     for group in ("own motion", "detail"):
         actor["labels"][group] = CLASS_GROUPS[group][int(rng.integers(3))] if rng.random() < ACTING else None
         actor["intervals"][group] = interval(rng, frames)
@@ -409,16 +408,18 @@ def to_target(scene, video, size=WORLD):
 class SyntheticDataset(torch.utils.data.Dataset):
     """Clips drawn when they are asked for; `ds[i]` -> (clip (3, T, H, W) normalised, target), like the real data sets.
 
-    config: frames, test_size (H; W is 1.5 H), and in the training split flip and permute_colours. `scene(i)` is what is
-    drawn before a flip. ValueError for an unknown split or fewer than 4 frames.
+    config: frames, test_size (H; W is 1.5 H), and with `train` (None: in the training split) flip and permute_colours, drawn
+    like the scene from split, seed and index: a run meets a clip once. `scene(i)` is what is drawn before a flip.
+    ValueError for an unknown split, fewer than 4 frames or a Config of key frames.
     """
 
-    def __init__(self, config, split, seed=0, length=None):
+    def __init__(self, config, split, seed=0, length=None, train=None):
         if split not in SPLITS:
             raise ValueError(f"synthetic: unknown split {split!r}; there are: {', '.join(SPLITS)}")
-        if config.frames < 4:
-            raise ValueError(f"synthetic: frames={config.frames} is too short for an action; take 4 or more")
-        self.config, self.split, self.seed = config, split, seed
+        if config.frames < 4 or config.key_frame:
+            raise ValueError(f"synthetic: frames={config.frames} is too short for an action, or key_frame=True was set: it has "
+                             "none; take --set frames=8 key_frame=False")
+        self.config, self.split, self.seed, self.train = config, split, seed, split == "train" if train is None else train
         self.size = (config.test_size, config.test_size * 3 // 2)
         self.name, self.class_names, self.class_groups = "synthetic", CLASS_NAMES, CLASS_GROUPS
         self.videos = [f"{split}-{seed}-{index:06d}" for index in range(LENGTHS[split] if length is None else length)]
@@ -433,7 +434,7 @@ class SyntheticDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         scene = self.scene(index)
         clip, target = draw(scene, self.size), to_target(scene, self.videos[index], self.size)
-        if self.split == "train":
+        if self.train:
             rng = np.random.default_rng([self.seed, SPLITS.index(self.split), range(len(self))[index], 1])
             if rng.random() < self.config.flip:
                 clip = clip[:, :, ::-1]

@@ -275,13 +275,14 @@ def choose_settings(args, saved):
     """What is given on the command line, else what the checkpoint was trained with, else the default."""
     settings = SETTINGS | (saved["settings"] if saved else {})
     settings |= {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    preset = settings["preset"] or settings["dataset"]
+    preset = settings["preset"] or {"custom": "ucf"}.get(settings["dataset"], settings["dataset"])
     if saved:
         config = config_from_dict(saved["config"])
     elif preset in PRESETS:
         config = PRESETS[preset]
     else:
-        raise ValueError(f"no preset is called {preset!r}; choose one with --preset: {', '.join(PRESETS)}")
+        raise ValueError(f"no preset is called {preset!r}; choose one with --preset: {', '.join(PRESETS)} (data sets are "
+                         "synthetic, ucf, jhmdb, ava and custom)")
     if settings["dataset"] != "synthetic" and not settings["data"]:
         raise ValueError(f"data set {settings['dataset']!r} is read from a folder: name it with --data DIR")
     return settings, override(config, args.set)
@@ -293,9 +294,8 @@ def open_datasets(settings, config):
     numbered = name in ("ucf", "jhmdb")
     if split and not numbered:
         raise ValueError(f"--split {split}: {name} is trained on train, tested on val; only ucf and jhmdb have others")
-    training, testing = (
-        build_dataset(name, settings["data"], (split or 1) if numbered else side, config, side == "train")
-        for side in ("train", "val"))
+    training, testing = (build_dataset(name, settings["data"], (split or 1) if numbered else side, config, side == "train")
+                         for side in ("train", "val"))
     if len(training.class_names) != config.num_classes:
         raise ValueError(f"{name} has {len(training.class_names)} classes and the model {config.num_classes}: "
                          f"add --set num_classes={len(training.class_names)}")
@@ -477,18 +477,16 @@ def train(training, run):
     clips_per_epoch, steps_per_epoch = epoch_length(run.length, config)
     total, results = config.epochs * steps_per_epoch, None
     micro_steps = config.batch_size // (run.world * micro_batch_size(config, run.world))
-    loader = iter(DataLoader(
-        SeededClips(training, settings["seed"]), collate_fn=collate, num_workers=settings["workers"],
-        pin_memory=run.device.type == "cuda", batch_sampler=micro_batches(
-            state["step"], total, run.length, config, settings["seed"], run.rank, run.world)))
+    batches = micro_batches(state["step"], total, run.length, config, settings["seed"], run.rank, run.world)
+    loader = iter(DataLoader(SeededClips(training, settings["seed"]), batch_sampler=batches, collate_fn=collate,
+                             num_workers=settings["workers"], pin_memory=run.device.type == "cuda"))
     if run.rank == 0:
         run.out.mkdir(parents=True, exist_ok=True)
         checkpoint(run, "last.pt")
         (run.out / "config.json").write_text(json.dumps({**settings, **asdict(config)}, indent=2) + "\n")
         trim_log(run.out / "log.jsonl", state["step"])
         run.log = open(run.out / "log.jsonl", "a")
-    run.bar = tqdm(total=total, initial=state["step"], disable=run.rank > 0,
-                   mininterval=1 if sys.stderr.isatty() else 30)
+    run.bar = tqdm(total=total, initial=state["step"], disable=run.rank > 0, mininterval=1 if sys.stderr.isatty() else 30)
     last_saved, run.begun = time.monotonic(), time.monotonic() - state["seconds"]
 
     while True:

@@ -270,10 +270,13 @@ def attention_sheet(model, dataset, config, path, device, clips=4, actors=10):
     label is caused by where the data set knows it. Clips without labels are passed over. Leaves the model as it was."""
     was_training, lines = model.training, []
     model.eval()
-    for index in np.unique(np.linspace(0, len(dataset) - 1, 4 * clips).astype(int)):
-        clip, target = dataset[int(index)]
+    spread = np.linspace(0, len(dataset) - 1, 4 * clips).astype(int).tolist()
+    for index in dict.fromkeys([*spread, *range(len(dataset))]):             # all others if these have no label
+        if clips == 0 or len(lines) >= actors or (lines and index not in spread):
+            break
+        clip, target = dataset[index]
         labels = target["labels"] * (target["present"] & target["frames"])[..., None]                   # (N, T, C)
-        if clips == 0 or len(lines) >= actors or not labels.any():
+        if not labels.any():
             continue
         clips -= 1
         t = int(labels.sum((0, 2)).argmax())
@@ -367,20 +370,17 @@ def video_clips(path, config, rate):
     step = max(1, round(rate)) if config.key_frame else max(config.frames // 2, 1)
     if not config.key_frame and config.sampling_rate > 1:
         raise SystemExit(f"sampling_rate {config.sampling_rate} leaves frames without boxes: --set sampling_rate=1")
-    buffer, number, skipped = [], 0, 0
-    for frame in video_frames(path, rate):
-        if skipped:
-            skipped -= 1
-            continue
+    buffer, number = [], 0
+    for index, frame in enumerate(video_frames(path, rate)):
         if len(buffer) == span:                                             # and there is a frame behind it
             yield video_clip(path, buffer, number, config, step, last=False)
-            del buffer[:step]
-            number, skipped = number + 1, max(0, step - span - 1)
-            if step > span:
-                continue
-        buffer.append([*frame, None])
-    if buffer and (number == 0 or not config.key_frame or len(buffer) > config.frames // 2 * config.sampling_rate):
+            number, buffer = number + 1, buffer[step:]
+        if index >= number * step:
+            buffer.append([*frame, None])
+    middle = config.frames // 2 * config.sampling_rate if config.key_frame else 0
+    while buffer and (number == 0 or len(buffer) > middle):                 # what no whole clip is left for
         yield video_clip(path, buffer, number, config, step, last=True)
+        number, buffer = number + 1, buffer[step:] if config.key_frame else []
 
 
 def video_clip(path, buffer, number, config, step, last):
@@ -489,7 +489,7 @@ def visualize(model, clips, video, rate, config, device, out, args, names, class
     # a data set's frame numbers tell the time: key frames are named by their second, others count from 1
     seconds = frames["seconds"] or [n if config.key_frame else (n - 1) / rate for n in frames["number"]]
     paths += write_tubes(out, video, rate, actors, frames["size"], dict(zip(frames["number"], seconds)), names)
-    found = f"{sum(map(len, actors))} tubes" if actors else f"no score reached {args.min_score}: lower --min-score"
+    found = f"{sum(map(len, actors))} tubes" if actors else f"no tube of boxes of score {args.min_score}: lower --min-score"
     print(f"{video}: {len(actors)} actors, {found}; wrote " + ", ".join(map(str, paths)))
 
 

@@ -122,6 +122,9 @@ def test_tables_have_means_with_intervals_and_differences_paired_by_seed(tmp_pat
     experiments.report(tmp_path, page, "cpu")
     text = page.read_text()
     assert text.startswith("# What was found\n\nProse.\n\n") and "old tables" not in text
+    with pytest.raises(SystemExit, match="holds no run"):                   # tables stay where there is nothing to write
+        experiments.report(tmp_path / "elsewhere", page, "cpu")
+    assert page.read_text() == text
     half = np.std(ours, ddof=1) / math.sqrt(3) * stats.t.ppf(0.975, 2)
     assert f"| {FULL} | 33.5, 85.9 | 1 M | 1 G | 0 1 2 | 0.750 ± {half:.3f} |" in text
     low, high = stats.ttest_rel(theirs, ours).confidence_interval(0.95)

@@ -477,6 +477,7 @@ def test_no_detections_score_zero_and_no_truth_is_nan():
     truth = {"frame": np.array([1]), "label": np.array([0]), "box": np.array([[0, 0, 1, 1.]])}
     nothing = {"frame": np.zeros(0, int), "label": np.zeros(0, int), "score": np.zeros(0), "box": np.zeros((0, 4))}
     assert frame_map(nothing, truth, 2)["mAP"] == 0
+    assert frame_map({name: [] for name in nothing}, truth, 2)["mAP"] == 0
     assert np.isnan(frame_map({**truth, "score": np.ones(1)}, nothing, 2)["mAP"])
     tube = {"video": 0, "label": 0, "frames": [1], "boxes": [[0, 0, 1, 1]], "score": 1.0}
     assert video_map([], [tube], 2)["mAP"] == 0 and video_map([tube], [tube], 2)["mAP"] == 1

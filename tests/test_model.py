@@ -355,10 +355,21 @@ def test_set_changes_fields_and_refuses_what_does_not_fit():
     assert (config.frames, config.lr, config.key_frame, config.backbone) == (16, 1.0, True, "conv")
     assert config.quirks == ("grid_edge", "split_heads") and not config.released and PRESETS["ucf"].released
     assert config_from_dict(asdict(config)) == config
+    assert override(config, ["key_frame=false", "quirks=", "drop_epochs=8,11"]) == override(
+        config, ["key_frame=False", "quirks=()", "drop_epochs=[8, 11]"])
+    assert override(config, ["drop_epochs=5"]).drop_epochs == (5,) and override(config, ["quirks="]).quirks == ()
     for wrong, message in [("frame=3", "num_queries"), ("frames=2.5", "frames is int"), ("frames", "name=value"),
-                           ("quirks=gird_edge", "grid_edge"), ("key_frame=maybe", "key_frame is bool")]:
+                           ("quirks=gird_edge", "grid_edge"), ("key_frame=maybe", "key_frame is bool"),
+                           ("drop_epochs=a,b", "drop_epochs"), ("drop_epochs=1.5", "drop_epochs"),
+                           ("eval_every=0", "eval_every=0: 1 is the least"), ("epochs=-1", "epochs=-1")]:
         with pytest.raises(ValueError, match=message):
             override(config, [wrong])
+
+
+@pytest.mark.parametrize("changes", [{"dim": 65}, {"dim": 48}, {"num_levels": 3}, {"grid_level": 2}, {"grid_level": -1}])
+def test_sizes_that_do_not_fit_together_are_named(changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}={next(iter(changes.values()))}"):
+        VideoActionDetector(replace(PRESETS["synthetic"], **changes))
 
 
 def test_a_clip_of_another_length_is_named():

@@ -13,6 +13,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import synthetic  # noqa: E402
+from data import build_dataset  # noqa: E402
 from model import PRESETS  # noqa: E402
 from synthetic import CLASS_GROUPS, SyntheticDataset  # noqa: E402
 
@@ -116,6 +117,8 @@ def test_dataset_names_its_clips_and_classes():
         SyntheticDataset(CONFIG, "test")
     with pytest.raises(ValueError, match="frames=2 "):
         SyntheticDataset(replace(CONFIG, frames=2), "val")
+    with pytest.raises(ValueError, match="key_frame=True"):
+        SyntheticDataset(replace(CONFIG, key_frame=True), "val")
 
 
 def test_clip_is_the_drawn_frames_normalised_by_the_imagenet_statistics():
@@ -243,6 +246,11 @@ def test_augmentation_is_for_training_only_and_drawn_per_clip():
     config = replace(CONFIG, flip=0.5, permute_colours=True)
     train, val = SyntheticDataset(config, "train", length=24), SyntheticDataset(config, "val")
     assert torch.equal(val[2][0], SyntheticDataset(replace(CONFIG, flip=0.0, permute_colours=False), "val")[2][0])
+    still = SyntheticDataset(replace(CONFIG, flip=0.0, permute_colours=False), "train", length=24)
+    as_it_is, turned = (build_dataset("synthetic", None, split, replace(config, flip=1.0), train)
+                        for split, train in (("train", False), ("val", True)))
+    assert all(torch.equal(as_it_is[index][0], still[index][0]) for index in range(8)), "a training split, not augmented"
+    assert torch.equal(turned[2][1]["boxes"][..., 0], 1 - val[2][1]["boxes"][..., 0]), "a test split, augmented"
     drawn = set()
     for index in range(24):
         frames = synthetic.draw(synthetic.describe(CONFIG, "train", 0, index))                    # (T, H, W, 3)

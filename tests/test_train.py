@@ -414,11 +414,18 @@ def test_a_folder_with_a_run_is_refused(stand_ins, tmp_path):
     (["--set", "qeueries=3"], "qeueries.*num_queries"), (["--set", "epochs=many"], "epochs is int"),
     (["--set", "micro_batch=3"], "16 clips do not divide"), (["--set", "num_classes=5"], "--set num_classes=3"),
     (["--dataset", "ucf"], "name it with --data"), (["--dataset", "mine", "--data", "x"], "no preset is called 'mine'"),
+    (["--set", "drop_epochs=a,b"], "drop_epochs"),
     (["--split", "2"], "--split 2: synthetic"), (["--init", "missing.pt"], "missing.pt")])
 def test_wrong_arguments_end_with_one_line(stand_ins, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message) as ended:
         train.main(["--out", str(tmp_path / "run"), "--set", "num_classes=3", *arguments])
     assert "\n" not in str(ended.value) and not (tmp_path / "run").exists()
+
+
+def test_a_data_set_of_ones_own_is_trained_with_the_preset_ucf():
+    chosen = ["--dataset", "custom", "--data", "x", "--set", "num_classes=2"]
+    assert train.choose_settings(train.arguments(chosen), None)[1] == replace(PRESETS["ucf"], num_classes=2)
+    assert train.choose_settings(train.arguments([*chosen, "--preset", "ava"]), None)[1].key_frame
 
 
 @pytest.mark.parametrize("arguments", [

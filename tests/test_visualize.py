@@ -179,6 +179,21 @@ class Labelled(torch.utils.data.Dataset):
                                "labels": labels, "cause": causes}
 
 
+class Rare(Labelled):
+    """200 clips, of which clip 1 alone has labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return super().__getitem__(int(index == 1))
+
+
 def test_training_curves_go_through_the_means_of_the_steps(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
     figures, init = [], Figure.__init__
@@ -208,6 +223,10 @@ def test_attention_sheet_has_a_line_per_labelled_actor_and_a_map_per_label(tmp_p
     left = round((0.3 - 0.1 + 0.02 * 4) * 320)                               # at frame 5, the first with labels
     assert (sheet[visualize.BAND + 130, left] == visualize.COLOURS[0]).all(), "the query's box lies on the true one"
     assert not (sheet[visualize.BAND:height, :left - 3] == 255).all(-1).any(), "nor is the true one elsewhere"
+    rare = Rare()
+    visualize.attention_sheet(model, rare, CONFIG, tmp_path / "rare.png", "cpu")
+    assert rare.asked[:3] == [0, 13, 26] and rare.asked[-1] == 1, "clips spread over the set first, then those between"
+    assert Image.open(tmp_path / "rare.png").size == (3 * width, height)
     with pytest.raises(ValueError, match="no clip of labelled with a label"):
         visualize.attention_sheet(model, Labelled(labelled=False), CONFIG, tmp_path / "none.png", "cpu")
 
@@ -243,6 +262,11 @@ def test_a_key_frame_model_sees_one_frame_a_second(tmp_path):
     longer = list(visualize.video_clips(path, replace(config, sampling_rate=4), 10))      # 29 frames a clip, from 10 to 10
     assert [target["times"] for _, target, _ in longer] == [(pytest.approx(second, abs=1e-3),) for second in (1.6, 2.6)]
     np.testing.assert_allclose([pictures.mean() for _, _, pictures in longer], [5 + 160, 5 + 20], atol=4)
+    for length in (3, 17, 29, 36, 37, 57):                                  # every second whose middle frame there is
+        path = write_video(tmp_path / f"{length}.mp4", length)
+        times = [target["times"][0] for _, target, _ in
+                 visualize.video_clips(path, replace(config, sampling_rate=4), 10)]
+        np.testing.assert_allclose(times, np.arange(16, length, 10) / 10 if length > 16 else [(length - 1) / 10], atol=1e-3)
     assert [target["frame_ids"].tolist() for _, target, _ in clips] == [[1], [2], [3], [4]]
     assert [len(pictures) for _, _, pictures in clips] == [1, 1, 1, 1], "the last one has its middle, if not its end"
     np.testing.assert_allclose([pictures.mean() for _, _, pictures in clips], [5 + 40, 5 + 140, 5, 5 + 100], atol=4)

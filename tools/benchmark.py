@@ -390,9 +390,8 @@ def gate(arguments):
             return evaluate.detect(model, dataset, config, device)
         count, (found, seconds) = multiply_adds(detect), timed(detect)
         results = evaluate.score(found, dataset, config)
-        rows.append({"gate": value, "actors_classified": float((found["class_prob"] > 0).any(1).mean()),
-                     **{name: ap for name, ap in results.items() if "mAP@" in name},
-                     "giga_multiply_adds": count / 1e9, "seconds": seconds})
+        rows.append({"gate": value, "actors_classified": float((found["class_prob"] > 0).any(1).mean()), "seconds": seconds,
+                     **{name: ap for name, ap in results.items() if "mAP@" in name}, "giga_multiply_adds": count / 1e9})
         if value == arguments.gates[0]:
             print(*(name.rjust(18) for name in rows[0]))
         print(*(f"{x:.4f}".rjust(18) for x in rows[-1].values()), flush=True)
@@ -410,7 +409,7 @@ def made_up_batch(config, batch, start):
     target = {"boxes": boxes, "labels": labels, "present": torch.ones(actors, frames, dtype=torch.bool),
               "frames": torch.ones(frames, dtype=torch.bool), "frame_ids": torch.arange(frames), "video": "noise"}
     clips = torch.randn(batch, 3, config.frames, size, size)
-    return clips, torch.zeros(batch, config.frames, size, size, dtype=torch.bool), [target] * batch
+    return clips, torch.zeros(batch, size, size, dtype=torch.bool), [target] * batch
 
 
 def time_step(config, batch, precision, compiled, runs, device):

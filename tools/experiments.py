@@ -197,6 +197,8 @@ def report(out, path, device):
                 lines += [f"### Table {table}: {title}, {said}", ""]
                 lines += [*table_lines(rows, numbers, costs, [c for c in columns if c not in looks]), ""]
                 lines += ["Shares of the class attention:", "", *table_lines(rows, numbers, costs, looks), ""] if looks else []
+    if not lines:
+        raise SystemExit(f"{out} holds no run of a table's row that is done, and one of the full model: {path} stays")
     path.write_text(text.partition(MARK)[0] + MARK + "\n\n" + "\n".join(lines))
     print(f"wrote {path}")
 
@@ -219,8 +221,7 @@ def same_time(out, row, changes, device):
     if any(known):
         return [f"clips_per_epoch={next(filter(None, known)).clips_per_epoch}"]
     torch.set_num_threads(1)
-    ours, full = (time_step(config_of(name, changes), 16, "float32", False, 10, device)["clips_per_s"]
-                  for name in (row, FULL))
+    ours, full = (time_step(config_of(one, changes), 16, "float32", False, 10, device)["clips_per_s"] for one in (row, FULL))
     return [f"clips_per_epoch={round(config_of(FULL, changes).clips_per_epoch * ours / full / 16) * 16}"]
 
 
