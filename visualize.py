@@ -157,7 +157,7 @@ def run(model, clip, target, config, device, **options):
 
 def find_actors(model, clips, config, device, min_score):
     """Tubes of the clips (an iterable of (clip, target, pictures)), grouped by actor, best first; and of the frames in their
-    order {"number", "seconds" (empty where not known)}, and their "size".
+    order {"number", "seconds"}, and their "size".
 
     A tube is of one class, so an actor with several classes has several tubes in one place: they are one actor when
     they overlap by an IoU of 0.5 over the frames that they share.
@@ -167,7 +167,7 @@ def find_actors(model, clips, config, device, min_score):
         _, part = run(model, clip, target, config, device)
         taken = torch.as_tensor(target["frames"])
         frames["number"] += target["frame_ids"][taken].tolist()
-        frames["seconds"] += [second for second, shown in zip(target.get("times", ()), taken) if shown]
+        frames["seconds"] += [second for second, shown in zip(target["times"], taken) if shown]
         frames["size"] = [int(side) for side in target["size"]]
         seen = (part["class_prob"].max(-1) * part["conf"]) >= min_score     # (frames, A)
         parts.append({name: values[seen] for name, values in part.items()})
@@ -316,11 +316,13 @@ def actor_lines(out, part, target, labels, t, picture, names):
     return lines
 
 
-def dataset_clips(dataset, indices, config):
-    """(clip, target, pictures (T, H, W, 3)) of clips of a data set, one by one; for key frames T = 1."""
+def dataset_clips(dataset, indices, config, rate):
+    """(clip, target, pictures (T, H, W, 3)) of clips of a data set, one by one; for key frames T = 1. The frames' times,
+    target["times"], follow from their numbers: AVA's are seconds, others are counted from 1, `rate` a second."""
     for index in indices:
         clip, target = dataset[int(index)]
         pictures = frames_of(clip)
+        target["times"] = (target["frame_ids"] if dataset.name == "ava" else (target["frame_ids"] - 1) / rate).tolist()
         yield clip, target, pictures[config.frames // 2:][:1] if config.key_frame else pictures
 
 
@@ -486,9 +488,7 @@ def visualize(model, clips, video, rate, config, device, out, args, names, class
         place, clip = (0.5, *args.look_from[::-1]), next(clips())[0]
         paths.append(out / f"{name}-points.png")
         save_sheet(paths[-1], [draw_points(frames_of(clip), *sampling_points(model, clip, place, device), place)])
-    # a data set's frame numbers tell the time: key frames are named by their second, others count from 1
-    seconds = frames["seconds"] or [n if config.key_frame else (n - 1) / rate for n in frames["number"]]
-    paths += write_tubes(out, video, rate, actors, frames["size"], dict(zip(frames["number"], seconds)), names)
+    paths += write_tubes(out, video, rate, actors, frames["size"], dict(zip(frames["number"], frames["seconds"])), names)
     found = f"{sum(map(len, actors))} tubes" if actors else f"no tube of boxes of score {args.min_score}: lower --min-score"
     print(f"{video}: {len(actors)} actors, {found}; wrote " + ", ".join(map(str, paths)))
 
@@ -549,7 +549,7 @@ def arguments(argv=None):
                        "from the cell at this place of the first clip's middle, in shares of width and height")
     group.add_argument("--min-score", type=float, default=0.3, help="boxes below this score are left out (0.3)")
     group.add_argument("--top", type=int, default=3, help="classes written at an actor, at most (3)")
-    group.add_argument("--rate", type=float, help="frames a second of a data set's clips (25; short clips 4, key frames 1)")
+    group.add_argument("--rate", type=float, help="frames a second of a data set's clips (25; short clips 4, AVA 1)")
     group.add_argument("--out", metavar="DIR", help="folder of the results (out/NAME); of several videos, of their folders")
     args = parser.parse_args(argv)
     if not args.ckpt:
@@ -591,8 +591,8 @@ def main(argv=None):
         if not 0 <= (args.clip or 0) < len(dataset):
             raise SystemExit(f"--clip {args.clip}: {dataset.name} has clips 0 to {len(dataset) - 1}")
         indices, video = [args.clip or 0], f"{dataset.name}-clip-{args.clip or 0}"
-    rate = args.rate or (1 if config.key_frame else 25 if config.frames >= 30 else 4)
-    visualize(model, partial(dataset_clips, dataset, indices, config), video, rate, config, device,
+    rate = args.rate or (1 if dataset.name == "ava" else 25 if config.frames >= 30 or config.key_frame else 4)
+    visualize(model, partial(dataset_clips, dataset, indices, config, rate), video, rate, config, device,
               args.out or Path("out") / video.replace("/", "_"), args, **options)
 
 

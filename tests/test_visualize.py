@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import asdict, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,7 +54,7 @@ def clip_of(frames=8, first=1, size=(60, 80)):
     pictures = np.zeros((frames, *size, 3), np.uint8)
     clip = render([Image.fromarray(picture) for picture in pictures], draw_view(size, CONFIG, train=False))
     return clip, {"video": "v", "frame_ids": torch.arange(first, first + frames), "size": torch.tensor(size),
-                  "frames": torch.ones(frames, dtype=torch.bool)}, pictures
+                  "frames": torch.ones(frames, dtype=torch.bool), "times": (torch.arange(frames) / 4).tolist()}, pictures
 
 
 @pytest.mark.parametrize("size", [(60, 80), (61, 47), (240, 320)])
@@ -78,7 +79,7 @@ def test_attention_panels_shine_where_the_model_looks_in_the_colour_of_the_actor
     actors, frames = visualize.find_actors(model, clips, CONFIG, "cpu", min_score=0.3)
     picture = next(visualize.draw(model, clips, actors, NAMES, CONFIG, "cpu", classes=[0, 1, 2]))
     height, width = 240, 320                                                 # 60 x 80, four times
-    assert frames == {"number": list(range(1, 9)), "seconds": [], "size": [60, 80]}
+    assert frames == {"number": list(range(1, 9)), "seconds": [i / 4 for i in range(8)], "size": [60, 80]}
     assert picture.shape == (height + visualize.BAND, 4 * width, 3)
     for panel, (i, j) in enumerate(LooksAt().cells, 1):
         frame = picture[visualize.BAND:, panel * width:(panel + 1) * width].astype(float)
@@ -395,19 +396,29 @@ def test_a_checkpoint_of_24_classes_that_does_not_name_them_knows_ucf_s(tmp_path
         command(tmp_path, monkeypatch, "--video", path, "--out", tmp_path / "out", "--classes", "Fencing", names=None)
 
 
-def test_times_of_a_data_set_s_clips_follow_from_the_frame_numbers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, rate, seconds", [("ucf", 25, [1.0, 1.04, 2.0]), ("custom", 1, [25, 26, 50]), ("ava", 25, [26, 27, 51])])
+def test_times_of_a_data_set_s_clips_follow_from_the_frame_numbers(tmp_path, monkeypatch, name, rate, seconds):
     pytest.importorskip("av")
-    tube = {"label": 0, "score": 0.5, "boxes": np.zeros((3, 4))}
+
+    class Three(list):
+        pass
+
+    dataset, config = Three(), replace(CONFIG, key_frame=True)              # a frame a clip, as the boxes of `tube`
+    dataset.name = name
+    for number in (26, 27, 51):
+        clip, target, _ = clip_of()
+        dataset.append((clip, {**target, "frame_ids": torch.tensor([number]), "frames": torch.tensor([True])}))
     args = SimpleNamespace(min_score=0.3, top=3, heads="all", look_from=None)
+    monkeypatch.setattr(visualize, "run", lambda *_, **__: (None, {
+        "video": np.zeros((1, 1), int), "frame": np.zeros((1, 1), int), "box": np.zeros((1, 1, 4)),
+        "class_prob": np.zeros((1, 1, 3)), "conf": np.zeros((1, 1))}))
+    monkeypatch.setattr(visualize, "link_tubes", lambda *_, **__: [
+        {"label": 0, "score": 0.5, "frames": np.array([26, 27, 51]), "boxes": np.zeros((3, 4))}])
     monkeypatch.setattr(visualize, "draw", lambda *_: iter(np.zeros((3, 60, 80, 3), np.uint8)))
-    for key_frame, rate, numbers, seconds in [(False, 25, [26, 27, 51], [1.0, 1.04, 2.0]), (False, 1, [1, 2, 3], [0, 1, 2]),
-                                              (True, 1, [902, 903, 905], [902, 903, 905])]:
-        found = [[{**tube, "frames": np.array(numbers)}]], {"number": numbers, "seconds": [], "size": [60, 80]}
-        monkeypatch.setattr(visualize, "find_actors", lambda *_: found)
-        config = replace(CONFIG, key_frame=key_frame)
-        visualize.visualize(None, lambda: None, "v", rate, config, "cpu", tmp_path, args, NAMES)
-        assert [float(line[1]) for line in csv.reader((tmp_path / "tubes.csv").open())] == seconds
-        assert json.loads((tmp_path / "tubes.json").read_text())["actors"][0]["tubes"][0]["seconds"] == seconds
+    clips = partial(visualize.dataset_clips, dataset, range(3), config, rate)
+    visualize.visualize(None, clips, "v", rate, config, "cpu", tmp_path, args, NAMES)
+    assert [float(line[1]) for line in csv.reader((tmp_path / "tubes.csv").open())] == seconds
+    assert json.loads((tmp_path / "tubes.json").read_text())["actors"][0]["tubes"][0]["seconds"] == seconds
 
 
 def test_videos_that_break_off_or_hold_nothing_are_clear_errors(tmp_path, monkeypatch):
