@@ -115,8 +115,7 @@ def captioned(picture, text):
 
 def save_sheet(path, lines):
     """Lines of pictures, all of one size, as one PNG; shorter lines are filled with white."""
-    height, width = lines[0][0].shape[:2]
-    blank = np.full((height, width, 3), 255, np.uint8)
+    blank = np.full_like(lines[0][0], 255)
     columns = max(len(line) for line in lines)
     sheet = np.concatenate([np.concatenate([*line, *[blank] * (columns - len(line))], 1) for line in lines])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -398,9 +397,8 @@ def video_clip(path, buffer, number, config, step, last):
     taken = (frames >= (edge if number else 0)) & (frames < (len(buffer) if last else edge + step))
     target = {"video": Path(path).stem, "frame_ids": frames + number * step + 1, "frames": taken, "times": times,
               "size": torch.tensor(pictures[0].shape[:2])}
-    shown = np.stack(pictures)                                              # (T, H, W, 3)
+    shown, middle = np.stack(pictures), config.frames // 2                  # (T, H, W, 3)
     if config.key_frame:
-        middle = config.frames // 2
         shown = shown[middle:][:1]
         target |= {"frame_ids": torch.tensor([number + 1]), "frames": torch.tensor([True]), "times": times[middle:][:1]}
     return torch.cat(rendered, 1), target, shown
@@ -409,20 +407,22 @@ def video_clip(path, buffer, number, config, step, last):
 def write_tubes(out, video, rate, actors, size, seconds, names):
     """tubes.json and tubes.csv in the folder `out`: see the top of this file. size: height and width of the video's frames,
     seconds {frame number: its time}. Returns their paths."""
-    record = {"video": video, "rate": rate, "size": size, "classes": list(names), "actors": [
-        {"colour": "#%02x%02x%02x" % colour, "tubes": [
-            {"label": names[tube["label"]], "score": round(float(tube["score"]), 4), "frames": tube["frames"].tolist(),
-             "seconds": [round(seconds[frame], 3) for frame in tube["frames"].tolist()],
-             "boxes": np.round(tube["boxes"], 1).tolist()} for tube in tubes]}
-        for tubes, colour in zip(actors, choose_colours(actors))]}
-    lines = []
-    for tube in sum(actors, []):
-        places = (tube["boxes"] / np.array([*size][::-1] * 2)).clip(0, 1).round(4).tolist()
-        lines += [(seconds[frame], *place, int(tube["label"]) + 1, round(float(tube["score"]), 4))
-                  for frame, place in zip(tube["frames"].tolist(), places)]
+    parts = (json.dumps({"colour": "#%02x%02x%02x" % colour, "tubes": [
+        {"label": names[tube["label"]], "score": round(float(tube["score"]), 4), "frames": tube["frames"].tolist(),
+         "seconds": [round(seconds[frame], 3) for frame in tube["frames"].tolist()],
+         "boxes": np.round(tube["boxes"], 1).tolist()} for tube in tubes]})
+        for tubes, colour in zip(actors, choose_colours(actors)))
+    with open(out / "tubes.json.tmp", "w") as file:     # an actor at a time: a long video has thousands
+        head = {"video": video, "rate": rate, "size": size, "classes": list(names), "actors": []}
+        file.write(json.dumps(head).removesuffix("]}"))
+        file.writelines(", " * (n > 0) + part for n, part in enumerate(parts))
+        file.write("]}\n")
+    lines = np.concatenate([np.zeros((0, 7)), *(np.column_stack((           # second, x1, y1, x2, y2, class, score
+        [seconds[frame] for frame in tube["frames"].tolist()], (tube["boxes"] / ([*size][::-1] * 2)).clip(0, 1).round(4),
+        [(tube["label"] + 1, round(float(tube["score"]), 4))] * len(tube["frames"]))) for tube in sum(actors, []))])
     with open(out / "tubes.csv", "w", newline="") as file:
-        csv.writer(file).writerows([video, f"{second:.3f}", *rest] for second, *rest in sorted(lines))
-    (out / "tubes.json.tmp").write_text(json.dumps(record) + "\n")
+        csv.writer(file).writerows([video, f"{second:.3f}", *box, int(label), score] for second, *box, label, score in
+                                   map(np.ndarray.tolist, lines[np.lexsort(lines.T[::-1])]))
     (out / "tubes.json.tmp").replace(out / "tubes.json")                    # whole or not at all: it says that NAME is done
     return [out / "tubes.json", out / "tubes.csv"]
 
