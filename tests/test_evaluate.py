@@ -349,7 +349,7 @@ def test_terminated_it_exits_with_128_and_the_signal(checkpoint):
     (["--ckpt", "{checkpoint}", "--dataset", "ucf"], "best.pt is of data set 'ucf'; name its folder with --data DIR"),
     (["--ckpt", "{checkpoint}", "--dataset", "ucf", "--data", "nowhere"], "--data nowhere: no such folder"),
     (["--ckpt", "{checkpoint}", "--set", "gat=0.1"], "--set gat=0.1: not name=value with one of the names"),
-    (["--ckpt", "{checkpoint}", "--set", "dim=32"], "best.pt cannot be loaded: .*size mismatch"),
+    (["--ckpt", "{checkpoint}", "--set", "dim=128"], "best.pt cannot be loaded: .*size mismatch"),
 ])
 def test_wrong_input_is_one_message_that_names_it_and_the_way_out(options, message, checkpoint):
     with pytest.raises(SystemExit, match="(?s).*" + message):
