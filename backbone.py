@@ -21,6 +21,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # ImageNet's, of colours in [0, 1]
+
+
+def normalise(clips, padding_mask=None):
+    """uint8 clips (B, 3, T, H, W) -> float32, less ImageNet's mean over its deviation, zeros on padding (B, H, W)."""
+    mean, std = (torch.stack([torch.full((), 255 * x, device=clips.device) for x in of_channels]).view(3, 1, 1, 1)
+                 for of_channels in (MEAN, STD))
+    clips = (clips.float() - mean) / std
+    return clips if padding_mask is None else clips.masked_fill(padding_mask[:, None, None], 0.0)
+
+
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, D, T, H, W)."""
 

@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from scipy.io import loadmat
 
-from synthetic import SyntheticDataset
+from beside.synthetic import SyntheticDataset
 
 MEAN = np.float32([0.485, 0.456, 0.406]) * 255     # ImageNet's, of 8-bit colours
 STD = np.float32([0.229, 0.224, 0.225]) * 255
@@ -568,16 +568,20 @@ class ClipDataset:
                          "boxes": table.box[run]} for run, kind in zip(np.split(row, breaks), label[np.r_[0, breaks]])]
 
 
-def build_dataset(name, root, split, config, train):
+def build_dataset(name, root, side, config, fold=1):
     """The clips of a data set: "synthetic", "ucf", "jhmdb", "ava" or "custom" (one's own, docs/own_data.md).
 
-    root: folder of annotation and frames (or videos). split: 1 for ucf, 1-3 for jhmdb, "train" or "val" for the others.
-    train: with augmentation, and for ucf and jhmdb the split's training videos. Prints what was found. Raises
+    root: folder of annotation and frames (or videos). side: "train", with augmentation, or "val". fold: which of the
+    splits that jhmdb has three of, the others one. Prints what was found. Raises
     ValueError on a wrong annotation, FileNotFoundError where a file is missing; frames that are missing or cannot be
     read raise an OSError when they are read.
     """
+    if side not in ("train", "val"):
+        raise ValueError(f'the sides of {name} are "train" and "val", not {side!r}')
+    train = side == "train"
     if name == "synthetic":
-        return SyntheticDataset(config, split, train=train)
+        return SyntheticDataset(config, side)
+    split = fold if name in ("ucf", "jhmdb") else side
     if config.crop_size > config.resize_size:
         raise ValueError(f"crop_size {config.crop_size} exceeds resize_size {config.resize_size}; set one with --set")
     table, media = read_dataset(name, root, split, config.key_frame, train)

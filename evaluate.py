@@ -334,9 +334,8 @@ def open_dataset(args, config, classes, source, trained):
     root, split = args.data or trained.get("data"), args.split or trained.get("split")
     if root is None and name != "synthetic":
         raise SystemExit(f"{source} is of data set {name!r}; name its folder with --data DIR")
-    split = split or {"ucf": 1, "jhmdb": 1}.get(name, "val")
     try:
-        dataset = build_dataset(name, root, int(split) if str(split).isdigit() else split, config, train=False)
+        dataset = build_dataset(name, root, "val", config, int(split or 1))
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     if classes is not None and list(dataset.class_names) != list(classes):

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbone import CSN152, CSNNeck, ConvNeck, ConvStem, ViT, ViTNeck, load_backbone, open_checkpoint  # noqa: F401
+from backbone import (CSN152, CSNNeck, ConvNeck, ConvStem, ViT, ViTNeck, load_backbone, normalise,  # noqa: F401
+                      open_checkpoint)
 from decoder import Decoder, OneMapDecoder
 from encoder import DeformableEncoder, paper_frequencies, position_table, small_frequencies, time_weights, to_common_grid
 
@@ -291,6 +292,8 @@ class VideoActionDetector(nn.Module):
             raise ValueError(f"clips of {length} frames for a model of {config.frames}: cut the clip or set Config.frames")
         if padding_mask is None:
             padding_mask = torch.zeros(1, height, width, dtype=torch.bool, device=clips.device)
+        if clips.dtype == torch.uint8:
+            clips = normalise(clips, padding_mask)
         if config.key_frame:
             frames = torch.tensor([length // 2])
         elif frames is None:

@@ -294,7 +294,7 @@ def open_datasets(settings, config):
     numbered = name in ("ucf", "jhmdb")
     if split and not numbered:
         raise ValueError(f"--split {split}: {name} is trained on train, tested on val; only ucf and jhmdb have others")
-    training, testing = (build_dataset(name, settings["data"], (split or 1) if numbered else side, config, side == "train")
+    training, testing = (build_dataset(name, settings["data"], side, config, split or 1)
                          for side in ("train", "val"))
     if len(training.class_names) != config.num_classes:
         raise ValueError(f"{name} has {len(training.class_names)} classes and the model {config.num_classes}: "

@@ -48,7 +48,9 @@ VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")     
 
 
 def frames_of(clip):
-    """A normalised clip (3, T, H, W) back as pictures (T, H, W, 3) uint8."""
+    """A clip (3, T, H, W), uint8 or normalised, as pictures (T, H, W, 3) uint8."""
+    if clip.dtype == torch.uint8:
+        return clip.permute(1, 2, 3, 0).numpy()
     pixels = clip.permute(1, 2, 3, 0).numpy() * STD + MEAN                  # (T, H, W, 3)
     return pixels.round().clip(0, 255).astype(np.uint8)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import evaluate
-import synthetic
+from beside import synthetic
 from model import PRESETS, VideoActionDetector
 from tools import benchmark
 

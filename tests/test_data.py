@@ -171,21 +171,21 @@ def test_tiles_are_disjoint_complete_and_evenly_padded():
 
 
 def test_boxes_of_uint8_do_not_overflow_and_stay_unshifted(ucf):
-    dataset = build_dataset("ucf", ucf, 1, UCF, False)
+    dataset = build_dataset("ucf", ucf, "val", UCF)
     frames, tubes = dataset.ground_truth()
     assert frames["box"].max(axis=0).tolist() == [200, 100, 300, 160] and len(tubes) == 2
     assert [tube["label"] for tube in tubes] == [2, 2] and dataset.class_names[2] == "Biking"
 
 
 def test_training_videos_are_those_not_in_the_test_list_where_there_is_no_training_list(ucf):
-    assert build_dataset("ucf", ucf, 1, UCF, True).videos == ["Biking/v_b"]
+    assert build_dataset("ucf", ucf, "train", UCF).videos == ["Biking/v_b"]
     (ucf / "trainlist01.txt").write_text("Biking/v_a.avi 3\n")
-    assert build_dataset("ucf", ucf, 1, UCF, True).videos == ["Biking/v_a"]
+    assert build_dataset("ucf", ucf, "train", UCF).videos == ["Biking/v_a"]
 
 
 def test_listed_videos_without_annotation_are_counted_aloud(ucf, capsys):
     (ucf / "testlist01.txt").write_text("Biking/v_a\nDiving/v_x\n")
-    assert build_dataset("ucf", ucf, 1, UCF, False).videos == ["Biking/v_a"]
+    assert build_dataset("ucf", ucf, "val", UCF).videos == ["Biking/v_a"]
     assert "1 of the 2 listed videos not annotated and left out" in capsys.readouterr().out
 
 
@@ -201,17 +201,17 @@ def gttubes(path, **changes):
 @pytest.mark.parametrize("name, file", [("jhmdb", "JHMDB-GT.pkl"), ("ucf", "UCF101v2-GT.pkl")])
 def test_gttubes_pickles_are_read_for_jhmdb_and_ucf(tmp_path, name, file):
     gttubes(tmp_path / file)
-    dataset = build_dataset(name, tmp_path, 1, UCF, False)
+    dataset = build_dataset(name, tmp_path, "val", UCF)
     tubes = dataset.ground_truth()[1]
     assert dataset.videos == ["catch/w"] and [t["label"] for t in tubes] == [0, 0]
     assert tubes[1]["boxes"][0].tolist() == [15, 25, 115, 125] and tubes[1]["frames"].tolist() == list(range(1, 9))
-    assert build_dataset(name, tmp_path, 2, UCF, False).videos == ["clap/v"]
+    assert build_dataset(name, tmp_path, "val", UCF, 2).videos == ["clap/v"]
     with pytest.raises(ValueError, match="splits 1 to 2, not 3"):
-        build_dataset(name, tmp_path, 3, UCF, False)
+        build_dataset(name, tmp_path, "val", UCF, 3)
 
 
 def test_ava_key_frame_clips(ava):
-    dataset = build_dataset("ava", ava, "val", KEY, False)
+    dataset = build_dataset("ava", ava, "val", KEY)
     assert len(dataset) == 2 and dataset.class_names[11] == "stand" and dataset.class_names[0] == "action 1"
     clip, target = dataset[0]
     assert pixels(clip)[:, 0, 0, 0].round().tolist() == [2 * (60 + (i - 4) * 4) for i in range(8)]
@@ -226,22 +226,22 @@ def test_ava_key_frame_clips(ava):
 
 
 def test_ava_in_mmaction2_layout_gives_the_same_clips(ava, capsys):
-    first = build_dataset("ava", ava, "val", KEY, False)[0][0]
+    first = build_dataset("ava", ava, "val", KEY)[0][0]
     (ava / "rawframes").mkdir()
     (ava / "frames/vid").rename(ava / "rawframes/vid")
     for path in (ava / "rawframes/vid").iterdir():
         path.rename(path.with_name(f"img_{int(path.stem[-6:]):05d}.jpg"))
-    assert torch.equal(build_dataset("ava", ava, "val", KEY, False)[0][0], first)
+    assert torch.equal(build_dataset("ava", ava, "val", KEY)[0][0], first)
     assert "rawframes/<video>/img_{:05d}.jpg" in capsys.readouterr().out
 
 
 def test_ava_without_key_frames_is_an_error(ava):
     with pytest.raises(ValueError, match="key_frame=true"):
-        build_dataset("ava", ava, "val", UCF, False)
+        build_dataset("ava", ava, "val", UCF)
 
 
 def test_own_data_at_every_frame(own):
-    dataset = build_dataset("custom", own, "train", UCF, False)
+    dataset = build_dataset("custom", own, "train", UCF)
     tubes = dataset.ground_truth()[1]
     runs = [(0, [3, 4, 5, 6, 7, 8]), (1, [3, 4]), (1, [8]), (1, [3])]
     assert [(t["label"], t["frames"].tolist()) for t in tubes] == runs
@@ -254,7 +254,7 @@ def test_own_data_at_every_frame(own):
 
 
 def test_own_data_at_key_frames_with_a_frame_that_is_empty(own):
-    dataset = build_dataset("custom", own, "val", KEY, False)
+    dataset = build_dataset("custom", own, "val", KEY)
     assert [dataset[i][1]["frame_ids"].tolist() for i in range(len(dataset))] == [[5], [7]]
     assert dataset[1][1]["boxes"].shape == (0, 1, 4)
     assert pixels(dataset[0][0])[:, 0, 0, 0].round().tolist() == [2 * min(max(4 + (i - 4) * 4, 0), 8) for i in range(8)]
@@ -263,7 +263,7 @@ def test_own_data_at_key_frames_with_a_frame_that_is_empty(own):
 # --- clips
 
 def test_a_sampling_rate_takes_every_nth_frame_with_its_own_boxes(ucf):
-    dataset = build_dataset("ucf", ucf, 1, replace(UCF, sampling_rate=2), False)   # 20 frames in 32 slots: from -6 on
+    dataset = build_dataset("ucf", ucf, "val", replace(UCF, sampling_rate=2))   # 20 frames in 32 slots: from -6 on
     assert len(dataset) == 4
     clip, target = dataset[1]
     assert target["frame_ids"].tolist() == [1, 1, 1, 2, 4, 6, 8, 10]
@@ -276,7 +276,7 @@ def test_a_sampling_rate_takes_every_nth_frame_with_its_own_boxes(ucf):
 
 
 def test_padding_repeats_the_ends_and_counts_nowhere(ucf):
-    dataset = build_dataset("ucf", ucf, 1, UCF, False)
+    dataset = build_dataset("ucf", ucf, "val", UCF)
     (first, start), _, (last, end) = (dataset[i] for i in range(3))                # 2 slots in front, 2 behind
     assert pixels(first)[:, 5, 5, 1].round().tolist() == [0, 0, 0, 2, 4, 6, 8, 10]
     assert pixels(last)[:, 5, 5, 1].round().tolist() == [28, 30, 32, 34, 36, 38, 38, 38]
@@ -290,7 +290,7 @@ def test_a_video_shorter_than_a_clip_is_padded_at_both_ends(tmp_path):
     grey_frames(tmp_path / "Frames/clap/v", "{:05d}.png", 3)
     gttubes(tmp_path / "JHMDB-GT.pkl", nframes={"clap/v": 3, "catch/w": 8},
             gttubes={"clap/v": {1: [np.float32([[f, 10, 20, 110, 120] for f in (1, 2, 3)])]}})
-    clip, target = build_dataset("jhmdb", tmp_path, 2, UCF, False)[0]
+    clip, target = build_dataset("jhmdb", tmp_path, "val", UCF, 2)[0]
     assert pixels(clip)[:, 0, 0, 0].round().tolist() == [0, 0, 0, 2, 4, 4, 4, 4]
     assert target["frames"].tolist() == [False] * 2 + [True] * 3 + [False] * 3
 
@@ -341,7 +341,7 @@ def test_boxes_follow_the_pixels_through_crop_and_flip():
 
 
 def test_an_actor_that_the_crop_leaves_nothing_of_is_not_present(ucf):
-    dataset = build_dataset("ucf", ucf, 1, STILL, False)
+    dataset = build_dataset("ucf", ucf, "val", STILL)
     left = data.View((85, 64), (0, 0, 40, 56))                                     # the tube lies right of x = 53
     target = dataset.target(0, np.arange(1, 9), np.ones(8, bool), left)
     assert target["boxes"].shape == (1, 8, 4) and target["present"].sum(dim=1).tolist() == [2]
@@ -385,7 +385,7 @@ def test_augmentation_is_drawn_once_per_clip(ucf):
     (ucf / "trainlist01.txt").write_text("Biking/v_a\n")
     for path in (ucf / "rgb-images/Biking/v_a").iterdir():
         Image.linear_gradient("L").resize((64, 48)).convert("RGB").save(path)
-    dataset = build_dataset("ucf", ucf, 1, UCF, True)
+    dataset = build_dataset("ucf", ucf, "train", UCF)
     torch.manual_seed(0)
     clip, other = dataset[0][0], dataset[0][0]
     assert torch.equal(clip, clip[:, :1].expand_as(clip)) and not torch.equal(clip, other)
@@ -422,7 +422,7 @@ def test_collate_pads_to_the_largest_and_masks():
 
 @needs_shared
 def test_real_clips_have_the_documented_form():
-    dataset = build_dataset("ucf", MINI, 1, PRESETS["ucf"], False)
+    dataset = build_dataset("ucf", MINI, "val", PRESETS["ucf"])
     assert len(dataset) == 6 + 5 + 6 + 4 + 6
     clip, target = dataset[21]                                                     # SalsaSpin, several actors
     actors = len(target["boxes"])
@@ -445,7 +445,7 @@ def test_videos_give_the_clips_of_the_frames_up_to_codec_and_resizing(tmp_path):
     for name in ("finalAnnots.mat", "testlist01.txt", "videos"):
         (tmp_path / name).symlink_to(MINI / name)
     config = replace(PRESETS["ucf"], frames=8)
-    frames, videos = (build_dataset("ucf", root, 1, config, False) for root in (MINI, tmp_path))
+    frames, videos = (build_dataset("ucf", root, "val", config) for root in (MINI, tmp_path))
     for i in (0, 30, len(frames) - 1):                                             # a first, a middle, a last clip
         (a, _), (b, _) = frames[i], videos[i]
         difference = np.abs(pixels(a) - pixels(b))
@@ -488,7 +488,7 @@ def test_ava_frames_are_taken_from_videos_by_time(ava, tmp_path):
     (ava / "frames").rename(ava / "hidden")
     write_video(ava / "vid.mp4", 40, "mpeg4", g=10)                                # 25 a second: 1.6 seconds
     write_csv(ava / "annotations/ava_val_v2.2.csv", [("vid", "0902", .1, .2, .5, .9, 12, 0)])
-    dataset = build_dataset("ava", ava, "val", replace(KEY, sampling_rate=1), False)
+    dataset = build_dataset("ava", ava, "val", replace(KEY, sampling_rate=1))
     assert dataset.table.num_frames.tolist() == [int(39 / 25 * 30) + 1]
     clip, _ = dataset[0]                                                           # 56 to 63: clamped to the last
     pictures = pixels(clip).round().clip(0, 255).astype(np.uint8)
@@ -510,7 +510,7 @@ def test_ava_frames_of_a_whole_film_begin_at_its_900th_second(tmp_path):
 
 def test_a_missing_frame_is_named_with_the_way_out(ucf):
     (ucf / "rgb-images/Biking/v_a/00009.jpg").unlink()
-    dataset = build_dataset("ucf", ucf, 1, UCF, False)
+    dataset = build_dataset("ucf", ucf, "val", UCF)
     dataset[0]
     message = r"frames missing: .*v_a/00009.jpg \(20 expected, 19 found\); extract them with python -m tools.prepare"
     with pytest.raises(FileNotFoundError, match=message):
@@ -521,13 +521,13 @@ def test_a_truncated_jpeg_is_named(ucf):
     path = ucf / "rgb-images/Biking/v_a/00009.jpg"
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(OSError, match="cannot read the image .*v_a/00009.jpg: .*extract it again"):
-        build_dataset("ucf", ucf, 1, UCF, False)[1]
+        build_dataset("ucf", ucf, "val", UCF)[1]
 
 
 def test_a_video_of_zero_frames_is_named(ucf, own):
     annots_mat(ucf / "finalAnnots.mat", {"Biking/v_a": (0, [(1, 3, np.uint8([[1, 1, 9, 9]]))])})
     with pytest.raises(ValueError, match="Biking/v_a: the video has no frames"):
-        build_dataset("ucf", ucf, 1, UCF, False)
+        build_dataset("ucf", ucf, "val", UCF)
 
 
 @pytest.mark.parametrize("row, message", [
@@ -548,14 +548,14 @@ def test_a_faulty_csv_row_is_named(own, row, message):
     with (own / "annotations.csv").open("a") as file:
         file.write("\n" + ",".join(map(str, row)) + "\n")
     with pytest.raises(ValueError, match=message):
-        build_dataset("custom", own, "train", UCF, False)
+        build_dataset("custom", own, "train", UCF)
 
 
 def test_a_faulty_tube_is_named(ucf):
     boxes = np.int16([[10, 10, 20, 20], [310, 10, 40, 20], [10, 10, -5, 20]])
     annots_mat(ucf / "finalAnnots.mat", {"Biking/v_a": (20, [(19, 25, boxes)])})
     with pytest.raises(ValueError) as error:
-        build_dataset("ucf", ucf, 1, UCF, False)
+        build_dataset("ucf", ucf, "val", UCF)
     for part in ("7 faults", "frame 20: box [310.0, 10.0, 350.0, 30.0]", "x2 <= x1", "frame 21", "not in the video"):
         assert part in str(error.value)
 
@@ -563,10 +563,10 @@ def test_a_faulty_tube_is_named(ucf):
 def test_an_empty_annotation_is_an_error(own, ucf):
     write_csv(own / "annotations.csv", [("b", 7)])
     with pytest.raises(ValueError, match="has no boxes"):
-        build_dataset("custom", own, "val", UCF, False)
+        build_dataset("custom", own, "val", UCF)
     annots_mat(ucf / "finalAnnots.mat", {"Biking/v_a": (20, [])})
     with pytest.raises(ValueError, match="has no boxes"):
-        build_dataset("ucf", ucf, 1, UCF, False)
+        build_dataset("ucf", ucf, "val", UCF)
 
 
 class Malicious:
@@ -581,7 +581,7 @@ class Malicious:
 def test_a_pickle_that_calls_something_is_refused_and_not_executed(tmp_path):
     gttubes(tmp_path / "JHMDB-GT.pkl", extra=Malicious(tmp_path / "executed"))
     with pytest.raises(ValueError, match=r"JHMDB-GT.pkl .*names (posix|nt).system, which was not executed"):
-        build_dataset("jhmdb", tmp_path, 1, UCF, False)
+        build_dataset("jhmdb", tmp_path, "val", UCF)
     assert not (tmp_path / "executed").exists()
 
 
@@ -589,7 +589,7 @@ def test_a_pickle_that_calls_something_is_refused_and_not_executed(tmp_path):
 def test_a_pickle_may_name_nothing_but_arrays(tmp_path, name):
     (tmp_path / "JHMDB-GT.pkl").write_bytes(b"c" + name.replace(" ", "\n").encode() + b"\n.")
     with pytest.raises(ValueError, match="which was not executed"):
-        build_dataset("jhmdb", tmp_path, 1, UCF, False)
+        build_dataset("jhmdb", tmp_path, "val", UCF)
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -605,7 +605,7 @@ def test_arrays_of_every_pickle_protocol_are_admitted(tmp_path, protocol):
 def test_a_damaged_or_foreign_pickle_is_an_error(tmp_path, content):
     (tmp_path / "JHMDB-GT.pkl").write_bytes(content)
     with pytest.raises(ValueError, match="JHMDB-GT.pkl is no annotation of numpy arrays"):
-        build_dataset("jhmdb", tmp_path, 1, UCF, False)
+        build_dataset("jhmdb", tmp_path, "val", UCF)
 
 
 def test_a_damaged_mat_file_is_an_error(ucf):
@@ -613,7 +613,7 @@ def test_a_damaged_mat_file_is_an_error(ucf):
     for damaged in (b"", b"nonsense", content[:len(content) // 2]):
         (ucf / "finalAnnots.mat").write_bytes(damaged)
         with pytest.raises(ValueError, match="finalAnnots.mat cannot be read"):
-            build_dataset("ucf", ucf, 1, UCF, False)
+            build_dataset("ucf", ucf, "val", UCF)
 
 
 def test_a_wrong_folder_is_an_error(tmp_path):
@@ -625,14 +625,14 @@ def test_a_wrong_folder_is_an_error(tmp_path):
         with pytest.raises(FileNotFoundError, match="no such folder"):
             build_dataset(name, tmp_path / "nowhere", split, KEY, False)
     with pytest.raises(ValueError, match="there are synthetic, ucf, jhmdb, ava and custom"):
-        build_dataset("kinetics", tmp_path, 1, UCF, False)
+        build_dataset("kinetics", tmp_path, "val", UCF)
     with pytest.raises(ValueError, match='"train" and "val", not 1'):
-        build_dataset("custom", tmp_path, 1, UCF, False)
+        build_dataset("custom", tmp_path, "val", UCF)
 
 
 def test_an_annotation_without_pixels_can_be_scored_but_not_read(ucf, capsys):
     (ucf / "rgb-images").rename(ucf / "hidden")
-    dataset = build_dataset("ucf", ucf, 1, UCF, False)
+    dataset = build_dataset("ucf", ucf, "val", UCF)
     assert len(dataset.ground_truth()[1]) == 2 and "NO frames or videos" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="no frames and no video file of Biking/v_a"):
         dataset[0]
@@ -644,13 +644,13 @@ def test_a_damaged_video_is_named(ucf, keep):
     write_video(ucf / "v_a.avi", 20, "mpeg4", g=5)
     (ucf / "v_a.avi").write_bytes((ucf / "v_a.avi").read_bytes()[:keep])
     with pytest.raises(OSError, match="v_a.avi"):
-        build_dataset("ucf", ucf, 1, UCF, False)[2]
+        build_dataset("ucf", ucf, "val", UCF)[2]
 
 
 def test_a_validation_video_that_is_not_in_the_csv_is_an_error(own):
     (own / "val.txt").write_text("b\nc d\n")
     with pytest.raises(ValueError, match="val.txt: c d is not in"):
-        build_dataset("custom", own, "val", UCF, False)
+        build_dataset("custom", own, "val", UCF)
 
 
 def test_the_worked_example_of_the_documentation_runs(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from torch import nn
 
 import evaluate
 import metrics
-import synthetic
+from beside import synthetic
 from model import PRESETS, VideoActionDetector, scores
 
 ROOT = Path(evaluate.__file__).parent

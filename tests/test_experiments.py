@@ -140,7 +140,7 @@ def test_cover_is_the_share_of_each_cell_in_the_box():
 
 def test_attention_shares_of_maps_that_are_known():
     config = PRESETS["synthetic"]
-    dataset = build_dataset("synthetic", None, "val", config, train=False)
+    dataset = build_dataset("synthetic", None, "val", config)
     clips = [dataset[i] for i in range(24)]
 
     def model(images, return_attention):

@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from metrics import ava_map, box_iou, frame_map, link_tubes, video_map  # noqa: E402
 from model import PRESETS  # noqa: E402
-from synthetic import SyntheticDataset  # noqa: E402
+from beside.synthetic import SyntheticDataset  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 GOLDEN = SHARED / "golden" / "eval"

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import synthetic  # noqa: E402
+from beside import synthetic  # noqa: E402
 from data import build_dataset  # noqa: E402
 from model import PRESETS  # noqa: E402
-from synthetic import CLASS_GROUPS, SyntheticDataset  # noqa: E402
+from beside.synthetic import CLASS_GROUPS, SyntheticDataset  # noqa: E402
 
 CONFIG = PRESETS["synthetic"]
 GROUPS = list(CLASS_GROUPS.values())

@@ -381,11 +381,10 @@ def forward(arguments):
 def gate(arguments):
     """The command `gate`: see the top of the file."""
     device, rows = torch.device(DEVICE), []
-    split = int(arguments.split) if arguments.split.isdigit() else arguments.split
     for value in arguments.gates:
         model, config, checkpoint = evaluate.load_model(arguments.ckpt, [f"gate={value}"], device)
         model.requires_grad_(False)     # or the counter looks for their graph
-        dataset = build_dataset(checkpoint["dataset"], arguments.data, split, config, train=False)
+        dataset = build_dataset(checkpoint["dataset"], arguments.data, "val", config)
         def detect():
             return evaluate.detect(model, dataset, config, device)
         count, (found, seconds) = multiply_adds(detect), timed(detect)
@@ -401,7 +400,7 @@ def gate(arguments):
 def made_up_batch(config, batch, start):
     """A batch as train.prepare wants it: the synthetic preset's own clips, or noise with up to five actors a frame."""
     if config.num_classes == 9:
-        dataset = build_dataset("synthetic", None, "train", config, train=True)
+        dataset = build_dataset("synthetic", None, "train", config)
         return collate([dataset[index] for index in range(start, start + batch)])
     frames, actors, size = 1 if config.key_frame else config.frames, min(config.num_queries, 5), config.crop_size
     boxes = torch.cat([torch.rand(actors, 1, 2) * 0.6 + 0.2, torch.full((actors, 1, 2), 0.3)], 2).expand(-1, frames, -1)

@@ -150,7 +150,7 @@ def measure(folder, device):
     values = {f"{name} {group}": of[name + "@0.5"] for name in ("f-mAP", "v-mAP")
               for group, of in [("all", results), *results["per_group"].items()]}
     model, config, _ = evaluate.load_model(folder / "last.pt", (), device)
-    dataset = build_dataset("synthetic", None, "val", config, train=False)
+    dataset = build_dataset("synthetic", None, "val", config)
     found = evaluate.read_detections(folder / "detections.npz")
     several = np.flatnonzero([len(dataset[i][1]["boxes"]) > 1 for i in range(len(dataset))])
     inside = np.isin(found["video"], several)
