@@ -156,7 +156,7 @@ def detection_loss(outputs, targets, config, counts=None):
     box_loss = (matched_boxes - true_boxes[row]).abs()                  # (S, P, 4)
     giou_loss = 1 - box_giou(cxcywh_to_xyxy(matched_boxes), cxcywh_to_xyxy(true_boxes[row]))
 
-    # Eq. 5, the means, each (S,). Without any pair box_loss and giou_loss are empty, yet stay in the
+    # Eq. 5, the means, each (S,). Without a pair box_loss and giou_loss are empty, yet stay in the
     # graph: a distributed step waits for every parameter's gradient, be it zero.
     parts = {"class": (class_loss * real_frame).sum(dim=(1, 2, 3)) / num_frames,
              "box": box_loss.sum(dim=(1, 2)) / num_pairs,
