@@ -65,7 +65,7 @@ def running_index_table(positions, width):
 
 
 def run_block(block, x, recompute):
-    """block(x); with recompute, its activations are not kept but computed anew in the backward pass.
+    """block(x); with recompute, its activations are computed anew in the backward pass, not kept.
 
     Then BatchNorm's running statistics move in the first pass only. torch.compile sees to that by
     itself, and takes no such contexts.
@@ -376,8 +376,10 @@ def reading(path, kind):
     try:
         yield
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        wanted = re.search(r"GLOBAL (\S+)", reason)  # as torch's safe loader words it
+        # torch's safe loader puts what it found between advice to load the file unsafely.
+        found = re.sub(r"(?s).*WeightsUnpickler error:|Check the documentation.*", "", str(error))
+        reason = f"{type(error).__name__}: {found.strip()} ({path.stat().st_size} bytes)"
+        wanted = re.search(r"GLOBAL (\S+)", found)
         if wanted:
             reason = (f"it asks for {wanted[1]}, and nothing that a file brings is executed here. "
                       "If you trust it, save its tensors alone, in the code that it comes from")
