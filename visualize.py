@@ -36,8 +36,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
-from beside.sources import (AVA_CLASSES, JHMDB_CLASSES, UCF_CLASSES, VIDEO_SUFFIXES, video_frames,
-                            video_rate)
+from beside.released import content_heads
+from beside.sources import (AVA_CLASSES_80, JHMDB_CLASSES, UCF_CLASSES, VIDEO_SUFFIXES, video_files,
+                            video_frames, video_rate)
 from data import draw_transform, render
 from evaluate import (ROWS, add_source_arguments, bar, clip_videos, load_model, open_dataset, rows,
                       shortest_tube, start)
@@ -67,7 +68,7 @@ def run(model, config, device, precision, clip, target, heads=None):
     (T, A, C, H', W'), the mean over "all" heads or over the "content" heads; None without `heads`.
     precision: dtype of autocast, None without.
     """
-    wanted = "content" if heads == "content" else heads is not None
+    wanted = "heads" if heads == "content" else heads is not None
     with torch.inference_mode(), torch.autocast(device.type, precision, precision is not None):
         out = model(clip[None].to(device), return_attention=wanted)
     detections = {}
@@ -76,7 +77,10 @@ def run(model, config, device, precision, clip, target, heads=None):
         detections[name] = values.reshape(-1, queries, *values.shape[1:])    # (frames, A, ...)
     if heads is None:
         return detections, None
-    return detections, out["attention"][0].float().cpu().numpy()
+    attention = out["attention"][0]
+    if heads == "content":
+        attention = content_heads(attention)    # (T, A, C, M, H', W') -> (T, A, C, H', W')
+    return detections, attention.float().cpu().numpy()
 
 
 def frame_slots(target):
@@ -270,7 +274,7 @@ def arrange(count, size, width):
 
     The panels are as large as they fit into `width` and, captions apart, 9/16 of it in height, but
     no larger than the pictures, or than the whole factor that brings their short side to
-    SHORTEST_SIDE.
+    SHORTEST_SIDE. Another row has to make them larger by a tenth.
     """
     height = width * 9 / 16
     largest = max(1, -(-SHORTEST_SIDE // min(size)))
@@ -278,7 +282,7 @@ def arrange(count, size, width):
     for lines in range(1, count + 1):
         in_line = -(-count // lines)
         scale = min(width / (in_line * size[1]), height / (lines * size[0]), largest)
-        if scale > best:
+        if scale > 1.1 * best:
             best, columns = scale, in_line
     return columns, (max(1, int(size[0] * best)), max(1, int(size[1] * best)))
 
@@ -507,8 +511,9 @@ def look_at(model, dataset, moment, config, device):
     if moment["rank"][1]:
         (context,) = set(moment["labels"]) & set(dataset.class_groups["context"])
         cause = cxcywh_to_xyxy(target["cause"][actor, t]).numpy()
-        share = (maps[context] * cover(cause, maps.shape[1:])).sum() / maps[context].sum()
-        seen |= {"cause": cause, "context": context, "share": float(share)}
+        on_cause = (maps[context] * cover(cause, maps.shape[1:])).sum()
+        share = float(on_cause / max(maps[context].sum(), 1e-12))       # 0 behind a closed gate
+        seen |= {"cause": cause, "context": context, "share": share}
     return seen
 
 
@@ -557,12 +562,12 @@ def sampling_points(model, clip, place, device):
     hook = layer.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments))
     model(clip[None].to(device))
     hook.remove()
-    x, positions, _, references, shapes, _ = inputs[0]
+    x, positions, _, references, shapes, scales, _ = inputs[0]
     level = model.config.grid_level
     inside = [min(int(share * count), count - 1) for share, count in zip(place, shapes[level])]
     cell = int(np.ravel_multi_index(inside, shapes[level]))
     cell += sum(t * h * w for t, h, w in shapes[:level])
-    offsets, logits, scales = layer.look((x + positions)[:, [cell]], shapes)
+    offsets, logits = layer.sampling_offsets_and_logits((x + positions)[:, [cell]])
     places = references[:, [cell], None, :, None]                            # (1, 1, 1, L, 1, 3)
     points = places + offsets * scales[:, None]                              # (1, 1, M, L, P, 3)
     levels = torch.arange(len(shapes))[:, None].expand(logits.shape[2:])     # (M, L, P)
@@ -645,8 +650,10 @@ def dataset_clips(dataset, indices, rate):
     """
     for index in indices:
         clip, target = dataset[index]
-        times = target["frame_ids"] if dataset.name == "ava" else (target["frame_ids"] - 1) / rate
-        yield clip, target | {"times": times.tolist()}, stored_pictures(dataset, index, clip)
+        times = target["frame_ids"].tolist()
+        if dataset.name != "ava":
+            times = [(number - 1) / rate for number in times]
+        yield clip, target | {"times": times}, stored_pictures(dataset, index, clip)
 
 
 def stored_pictures(dataset, index, clip):
@@ -867,9 +874,8 @@ def find_videos(sources, out):
             videos.append(Path(source))
             continue
         inside = []
-        for path in sorted(Path(source).rglob("*")):
-            is_result = out.resolve() in path.resolve().parents
-            if path.suffix.lower() in VIDEO_SUFFIXES and not is_result:
+        for path in video_files(source):
+            if out.resolve() not in path.resolve().parents:
                 inside.append(path)
         if not inside:
             raise SystemExit(f"no video ({', '.join(VIDEO_SUFFIXES)}) in {source}")
@@ -958,7 +964,7 @@ def class_names(checkpoint, dataset, config):
         return list(checkpoint["classes"])
     if dataset:
         return list(dataset.class_names)
-    known = {len(names): names for names in (UCF_CLASSES, JHMDB_CLASSES, AVA_CLASSES)}
+    known = {len(names): names for names in (UCF_CLASSES, JHMDB_CLASSES, AVA_CLASSES_80)}
     numbered = [f"class {number}" for number in range(1, config.num_classes + 1)]
     return list(known.get(config.num_classes, numbered))
 
