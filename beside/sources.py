@@ -67,16 +67,17 @@ VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpe
 def read_text(path):
     """The text of a file in UTF-8 or, by its byte order mark, UTF-16; marks are left out."""
     content = path.read_bytes()
-    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "utf-8"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif b"\0" in content:
+        raise ValueError(f"{path} holds zero bytes (UTF-16 without its mark?); save it as UTF-8")
     try:
-        text = content.decode("utf-16" if marked else "utf-8")
+        return content.decode(encoding).replace("\ufeff", "")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path} line {line} is not UTF-8 (Latin-1, or another code page?); "
-                         "save the file as UTF-8") from error
-    if "\0" in text:
-        raise ValueError(f"{path} holds zero bytes (UTF-16 without its mark?); save it as UTF-8")
-    return text.replace("\ufeff", "")
+        raise ValueError(f"{path} line {line} is not {encoding.upper()} (Latin-1, or another code "
+                         "page?); save the file as UTF-8") from error
 
 
 def read_list(path):
@@ -200,6 +201,7 @@ def row_problems(rows, path, classes, videos, num_frames, unit, seconds):
     outside = finite & ((low < -slack) | (high > extent + slack)).any(axis=1)
     turned = finite & (high <= low).any(axis=1)
     absent = ~((rows["frame"] >= first) & (rows["frame"] <= last))
+    absent &= num_frames[rows["video"]] > 0                # or else no frame is, which is said once
     unknown = ~np.isin(rows["label"], np.arange(len(classes)) + 1)
 
     causes = {"outside": "", "turned": "", "absent": "", "unknown": ""}
@@ -220,6 +222,10 @@ def row_problems(rows, path, classes, videos, num_frames, unit, seconds):
              (f"class id that is not in the class list (1 to {len(classes)})", unknown,
               causes["unknown"])]
     problems = []
+    if (num_frames < 1).any():
+        places = [f"{path}: {videos[v]}: the video has no frames"
+                  for v in np.flatnonzero(num_frames < 1)]
+        problems.append(problem("video of zero frames", places))
     for kind, found, cause in kinds:
         places = []
         for row in rows[found]:
@@ -389,7 +395,7 @@ def read_rows(path):
             continue
         if len(row) not in (2, 8):
             faults["columns"].append(
-                f"{where}: {len(row)} columns, not 8 (video, frame, x1, y1, x2, y2, class id, "
+                f"{where}: columns: {len(row)}, not 8 (video, frame, x1, y1, x2, y2, class id, "
                 "person), nor the first 2 of them, for a frame with nobody in it")
             continue
         try:
@@ -400,6 +406,9 @@ def read_rows(path):
         frame, *box, label, person = numbers
         if not frame.is_integer() or abs(frame) > 2 ** 53:
             faults["frame"].append(f"{where}: frame {row[1]!r} is no whole number")
+            continue
+        if len(row) == 8 and not np.isfinite(person):
+            faults["number"].append(f"{where}: person {row[7]!r} is no number")
             continue
         names.append(row[0])
         fields.append((0, frame, person, box, label, line))
@@ -705,11 +714,11 @@ class FrameSource:
     def __str__(self):
         words = []
         if self.folders:
-            video = next(iter(self.folders))
-            words.append(f"frames of {len(self.folders)} videos, {self.path(video, 1)} and so on")
+            first = self.path(next(iter(self.folders)), 1)
+            words.append(f"videos as frames: {len(self.folders)} ({first}, ...)")
         if self.files:
-            words.append(f"{len(self.files)} video files")
-        return " and ".join(words) or f"NO frames or videos below {self.root}"
+            words.append(f"as files: {len(self.files)}")
+        return ", ".join(words) or f"NO frames or videos below {self.root}"
 
     def __contains__(self, video):
         return video in self.folders or video in self.files
@@ -837,24 +846,24 @@ def nearest(name, names):
     return f", the nearest is {close[0]}" if close else ""
 
 
-def choose_videos(videos, source, missing):
+def choose_videos(videos, source, missing, alone):
     """The videos to take of a list -> (videos, what is to be said of the others, problems).
 
-    Where there are no pixels at all, the annotation alone is taken: it can be scored against.
+    alone: where there are no pixels at all, the annotation may be taken alone, to score with it.
     """
+    kept = [video for video in videos if video in source]
     lost = [video for video in videos if video not in source]
-    if not lost or (missing == "error" and len(lost) == len(videos)):
+    if not lost or (alone and missing == "error" and not kept):
         return videos, "", []
-    if missing == "leave out" and len(lost) < len(videos):
-        kept = [video for video in videos if video in source]
-        return kept, f"; {len(lost)} videos without frames left out: {some(lost)}", []
+    if missing == "leave out" and kept:
+        return kept, f"; videos without frames left out: {len(lost)} ({some(lost)})", []
     there = {path.stem for path in video_files(source.root)}
     for name in FRAME_FOLDERS:
         there.update(path.name for path in source.root.glob(f"{name}/*"))
     places = [f"{video}{nearest(Path(video).name, there)}" for video in lost]
     cause = ("a name that is written in another way, or a video that could not be had; "
              f"{where_looked(lost[0])}; or leave such videos out with --missing leave-out")
-    return videos, "", [problem("video without frames and without a file", places, cause)]
+    return kept, "", [problem("video without frames and without a file", places, cause)]
 
 
 # --- data sets
@@ -886,7 +895,7 @@ def read_tube_set(name, root, side, fold, missing):
     listed = list(dict.fromkeys(train if side == "train" else test))
     known = [video for video in listed if video in annotated]
     source = find_source(root, known)
-    videos, left_out, problems = choose_videos(known, source, missing)
+    videos, left_out, problems = choose_videos(known, source, missing, alone=True)
     if not known:
         problems.append(f"{name} split {fold}, {side}: none of the {len(listed)} listed videos is "
                         f"in {path}, the set is empty")
@@ -950,25 +959,21 @@ def read_csv_set(name, root, side, key_frame, missing):
     else:
         classes = read_class_names(name, root)
         kept, by, more = choose_rows(root, side, path, names)
-        problems += more
+        problems = problems or more            # rows that cannot be read may be what is missed
     words = f"{path} without {(~kept).sum()} rows by {by or 'no list of excluded seconds'}"
     names, rows = names[kept], rows[kept]
 
     listed = np.unique(names).tolist()
     source = find_source(root, listed, AVA_RATE if ava else None)
-    videos, left_out, more = choose_videos(listed, source, missing)
+    videos, left_out, more = choose_videos(listed, source, missing, alone=ava)
     problems += more
     kept = np.isin(names, videos)
     names, rows = names[kept], rows[kept]
     rows["video"] = np.searchsorted(np.array(videos, str), names)
-    num_frames, size = [], []
-    for video in videos:
-        if video in source:
-            num_frames.append(source.count(video))
-            size.append(source.size(video))
-        else:                      # the annotation alone: boxes stay shares of the frame
-            num_frames.append(AVA_LENGTH * AVA_RATE if ava else 0)
-            size.append((1, 1))
+    num_frames = [source.count(video) for video in videos if video in source]
+    size = [source.size(video) for video in videos if video in source]
+    if videos and not num_frames:  # the annotation alone: boxes stay shares of the frame
+        num_frames, size = [AVA_LENGTH * AVA_RATE] * len(videos), [(1, 1)] * len(videos)
     unit = np.ones((len(videos), 2), np.int64)
     return tabulate(rows, path, classes, videos, num_frames, size, words + left_out, unit,
                     not key_frame, ava, problems), source

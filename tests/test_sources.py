@@ -79,18 +79,17 @@ def write_csv(path, rows):
     path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
 
 
-@pytest.fixture
-def own(tmp_path):
+def make_own(folder):
     """Your own data: videos a (20 frames, training) and b (9 frames, validation)."""
-    grey_frames(tmp_path / "frames/a", "{:05d}.jpg", range(1, 21))
-    grey_frames(tmp_path / "frames/b", "{:05d}.jpg", range(1, 10))
-    (tmp_path / "classes.txt").write_text("wave\njump high\n")
-    (tmp_path / "val.txt").write_text("b\n")
+    grey_frames(folder / "frames/a", "{:05d}.jpg", range(1, 21))
+    grey_frames(folder / "frames/b", "{:05d}.jpg", range(1, 10))
+    (folder / "classes.txt").write_text("wave\njump high\n")
+    (folder / "val.txt").write_text("b\n")
     rows = [("a", f, .25, .25, .75, .5, 1, 7) for f in range(3, 9)]
     rows += [("a", f, .25, .25, .75, .5, 2, 7) for f in (3, 4, 8)]
     rows += [("a", 3, 0, 0, .5, .5, 2, 9), ("b", 5, 0, 0, 1, 1, 1, 1), ("b", 7)]
-    write_csv(tmp_path / "annotations.csv", rows)
-    return tmp_path
+    write_csv(folder / "annotations.csv", rows)
+    return folder
 
 
 @pytest.fixture
@@ -118,16 +117,25 @@ def annots_mat(path, videos):
     savemat(path, {"annot": annot})
 
 
-@pytest.fixture
-def ucf(tmp_path):
+def make_ucf(folder):
     """A small UCF101-24: a test video with two tubes, a training video with one."""
-    grey_frames(tmp_path / "rgb-images/Biking/v_a", "{:05d}.jpg", range(1, 21))
-    annots_mat(tmp_path / "finalAnnots.mat", {
+    grey_frames(folder / "rgb-images/Biking/v_a", "{:05d}.jpg", range(1, 21))
+    annots_mat(folder / "finalAnnots.mat", {
         "Biking/v_a": (20, [(3, 3, np.uint8([[200, 100, 100, 60]] * 10)),
                             (5, 3, np.uint8([[1, 1, 32, 24]] * 2))]),
         "Biking/v_b": (9, [(1, 3, np.uint8([[1, 1, 32, 24]] * 9))])})
-    (tmp_path / "testlist01.txt").write_text("Biking/v_a\n")
-    return tmp_path
+    (folder / "testlist01.txt").write_text("Biking/v_a\n")
+    return folder
+
+
+@pytest.fixture
+def own(tmp_path):
+    return make_own(tmp_path)
+
+
+@pytest.fixture
+def ucf(tmp_path):
+    return make_ucf(tmp_path)
 
 
 def gttubes(path, **changes):
@@ -334,7 +342,7 @@ def test_each_video_is_read_from_where_it_is(tmp_path):
     (tmp_path / "rgb-images/run/x").mkdir()                # nothing was extracted
     source = find_source(tmp_path, ["run/v", "run/w", "run/x", "run/y"])
     assert [source.count(f"run/{video}") for video in "vwxy"] == [3, 5, 6, 0]
-    assert "frames of 2 videos" in str(source) and "1 video files" in str(source)
+    assert "videos as frames: 2 (" in str(source) and "as files: 1" in str(source)
 
 
 @pytest.mark.parametrize("orientation, how", [
