@@ -2,6 +2,7 @@
 
     python -m tools.prepare extract --dataset ucf --data DIR    # videos below it -> frames
     python -m tools.prepare check --dataset ucf --data DIR      # exit status 0: may be trained on
+    python -m tools.prepare convert FILE --data DIR             # CVAT or COCO: tools/convert.py
 
 `extract` works on as many videos at once as there are cores. A video's frames are in a folder of
 another name until all of them are there: a run that was ended goes on with the next video when it
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from beside import sources
 from data import ClipDataset
 from model import PRESETS
+from tools.convert import convert
 
 # (data set, split, side): videos, tubes, boxes, frames; the splits of ucf and jhmdb
 PUBLISHED = {("ucf", 1, "train"): (2284, 3143, 403282, 395868),
@@ -412,8 +414,12 @@ def main(argv=None):
         help="decode every Nth frame only (default: 1; ava: 30)")
     add("--clips", type=at_least(1), default=12, metavar="N", help="rows of the sheet (12)")
     add("--sheet", type=Path, metavar="FILE", help="the sheet (default: runs/check-DATASET.png)")
+    text = "turn annotations of CVAT (video XML 1.1) or COCO into annotations.csv and classes.txt"
+    command = commands.add_parser("convert", help=text, description=text)
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    command.add_argument("--data", required=True, metavar="DIR", help="where they are written")
     args = parser.parse_args(argv)
-    return extract(args) if args.command == "extract" else check(args)
+    return {"extract": extract, "check": check, "convert": convert}[args.command](args)
 
 
 if __name__ == "__main__":
