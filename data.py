@@ -12,10 +12,10 @@ makes clips of T frames of it, at a temporal stride (T x tau in Tables 5 and 6):
 A slot of a clip before a video's first frame or behind its last repeats that frame and is False in
 target["frames"]: it is ignored by loss and metrics.
 
-`dataset[i]` is (clip, target). The clip is uint8 (3, T, H, W); the model normalises it. The target:
+`dataset[i]` is (clip, target): clip (3, T, H, W) uint8, which the model normalises; target a dict
 
     boxes        (N, T, 4) float32  cx, cy, w, h in [0, 1] of the clip, cut to it; 0 if not present
-    present      (N, T) bool        the actor has a box in this frame, of which the clip shows a pixel
+    present      (N, T) bool        the actor has a box in this frame and the clip shows some of it
     labels       (N, T, C) float32  0 or 1
     frames       (T,) bool          False on temporal padding
     frame_ids    (T,) int64         1-based numbers in the video; of AVA the key frame's second
@@ -48,10 +48,10 @@ from beside.synthetic import SyntheticDataset
 # ---- which frames ----
 
 def tile(num_frames, frames, stride=1):
-    """First slots (K,) of the clips that tile a video; slot i is the 0-based frame first + i * stride.
+    """First slots (K,) of the clips that tile a video; slot i is frame first + i * stride, from 0.
 
     ceil(n / T) clips, the overhang split between front (the smaller half) and back. At a stride of
-    s, stretches of T * s frames are taken in s phases: each frame is in exactly one clip there, too.
+    s, stretches of T * s frames are taken in s phases: there, too, each frame is in one clip.
     """
     span = frames * stride
     count = -(-num_frames // span)
@@ -177,14 +177,14 @@ class ClipDataset:
         self.name, self.table, self.source, self.config = name, table, source, config
         self.augment = augment
         self.videos, self.class_names, self.class_groups = table.videos, table.classes, {}
-        # boxes of video v: rows box_start[v] to box_start[v + 1] of the table
-        self.box_start = np.searchsorted(table.video, np.arange(len(table.videos) + 1))    # (V + 1,)
+        # (V + 1,): the boxes of video v are the table's rows box_start[v] to box_start[v + 1]
+        self.box_start = np.searchsorted(table.video, np.arange(len(table.videos) + 1))
         if config.key_frame:
             self.clip_videos, self.clip_key = table.key_frames.T           # (K,) each
-            centre = self.clip_key - 1
+            centre = self.clip_key - 1                                     # (K,) 0-based
             if table.seconds:
                 centre = (self.clip_key - AVA_START) * AVA_RATE
-            self.clip_first = centre - config.frames // 2 * config.sampling_rate    # (K,) 0-based
+            self.clip_first = centre - config.frames // 2 * config.sampling_rate
         else:
             first = [tile(count, config.frames, config.sampling_rate)
                      for count in table.num_frames.tolist()]
@@ -264,26 +264,29 @@ class ClipDataset:
         return frames, tubes
 
 
-def build_dataset(name, root, side, config, fold=1):
+def build_dataset(name, root, side, config, fold=1, missing="error", fill=0):
     """The clips of a data set: "synthetic", "ucf", "jhmdb", "ava" or "custom" (your own).
 
     root: folder of annotation and frames (or videos). side: "train", with augmentation, or "val".
-    fold: which of jhmdb's three splits; the others have one. Prints what was found, once for all
-    ranks. Raises ValueError on a wrong annotation, FileNotFoundError where a file is missing;
-    frames that are missing or cannot be read raise an OSError when they are read.
+    fold: which of jhmdb's three splits; the others have one. missing: "error", or "leave out" for
+    videos without frames. fill: interpolate a person's boxes that are up to so many frames apart.
+    Prints what was found, once for all ranks. Raises ValueError on a wrong annotation,
+    FileNotFoundError where a file is missing; frames raise an OSError when they cannot be read.
     """
     if side not in ("train", "val"):
         raise ValueError(f'the sides of {name} are "train" and "val", not {side!r}')
     if name == "synthetic":
+        if fold != 1:
+            raise ValueError(f"synthetic has one split, 1, not {fold!r}; leave out --split")
         return SyntheticDataset(config, side)
     if config.crop_size > config.resize_size:
         raise ValueError(f"crop_size {config.crop_size} exceeds resize_size {config.resize_size}; "
                          "set one with --set")
-    table, source = read_dataset(name, root, side, config.key_frame, fold)
+    table, source = read_dataset(name, root, side, config.key_frame, fold, missing, fill)
     if table.problems:
-        raise ValueError(f"{name} in {root}: {len(table.problems)} faults in the annotation "
-                         "(python -m tools.prepare check lists all), the first:\n  "
-                         + "\n  ".join(table.problems[:5]))
+        raise ValueError("\n  ".join([f"{name} in {root} cannot be used as it is (python -m "
+                                      "tools.prepare check looks for all faults):",
+                                      *table.problems]))
     dataset = ClipDataset(name, table, source, config, augment=side == "train")
     if os.environ.get("RANK", "0") == "0":
         print(f"{name}: {len(table.videos)} videos, {len(table.frame)} boxes, {len(dataset)} clips;"
