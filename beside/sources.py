@@ -21,6 +21,7 @@ import contextlib
 import csv
 import difflib
 import itertools
+import math
 import os
 import pickle
 import re
@@ -85,18 +86,31 @@ def read_list(path):
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
+def read_csv(path):
+    """Yields the rows of a csv file that are not blank: (number from 1, list of texts)."""
+    lines = re.split("\r\n|\r|\n", read_text(path))
+    try:
+        for line, row in enumerate(csv.reader(lines), 1):
+            if row:
+                yield line, row
+    except csv.Error as error:
+        raise ValueError(f"{path} is no csv file: {error}") from error
+
+
 def some(names, most=10):
     """The first names of a list, and how many there are besides."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
 
 
-def problem(kind, places, cause=""):
-    """One kind of fault as text: its count, its first three places, its likely cause."""
-    count = "once" if len(places) == 1 else f"{len(places)} times"
-    lines = [f"{kind}, {count}" + (f"; likely cause: {cause}" if cause else ""), *places[:3]]
-    if len(places) > 3:
-        lines.append(f"and {len(places) - 3} more")
+def problem(kind, places, cause="", count=None):
+    """One kind of fault as text: how often, its first three places, its likely cause. places: all,
+    or the first ones of `count`."""
+    count = count or len(places)
+    often = "once" if count == 1 else f"{count} times"
+    lines = [f"{kind}, {often}" + (f"; likely cause: {cause}" if cause else ""), *places[:3]]
+    if count > 3:
+        lines.append(f"and {count - 3} more")
     return "\n    ".join(lines)
 
 
@@ -109,15 +123,15 @@ class Table:
     videos: list                   # V names
     num_frames: np.ndarray         # (V,) int64
     size: np.ndarray               # (V, 2) int64, height and width whose pixels boxes count
-    video: np.ndarray              # (M,) int64, index of the video
-    frame: np.ndarray              # (M,) int64, counted from 1; where `seconds`, AVA's second
-    actor: np.ndarray              # (M,) int64, the same for the boxes of one actor
-    box: np.ndarray                # (M, 4) float32: x1, y1, x2, y2
-    label: np.ndarray              # (M, C) bool
-    key_frames: np.ndarray         # (K, 2) int64, video and frame of all annotated, boxes or none
-    seconds: bool                  # frames are numbered by AVA's seconds
-    problems: list                 # faults, a text each; a table that has some is not for training
     source: str                    # what was read, in words
+    problems: list                 # faults, a text each; a table that has some is not for training
+    seconds: bool = False          # frames are numbered by AVA's seconds
+    video: np.ndarray = None       # (M,) int64, index of the video
+    frame: np.ndarray = None       # (M,) int64, counted from 1; where `seconds`, AVA's second
+    actor: np.ndarray = None       # (M,) int64, the same for the boxes of one actor
+    box: np.ndarray = None         # (M, 4) float32: x1, y1, x2, y2
+    label: np.ndarray = None       # (M, C) bool
+    key_frames: np.ndarray = None  # (K, 2) int64, video and frame of all annotated, boxes or none
 
 
 # One row of an annotation: a box with one class, or (NaN from the person on) a frame with nobody.
@@ -137,104 +151,94 @@ def make_rows(video, frame, person, box, label, line=0):
     return rows
 
 
-def tabulate(rows, path, classes, videos, num_frames, size, source, unit=None, persons=True,
-             seconds=False, problems=()):
-    """The table of rows (R,) that were read from `path`.
+def add_boxes(table, rows, path, unit, persons):
+    """The table, so far without boxes, with those of rows (R,) that were read from `path`.
 
     Rows that differ in nothing but the class are one box with several labels. unit (V, 2): what
-    boxes count as the whole height and width (default: `size`; ones for shares of the frame).
+    the whole height and width of a video are in the annotation; 1 if boxes are shares of them.
     persons: the boxes of one person are one actor; otherwise each box is an actor of its own.
     """
-    num_frames = np.array(num_frames, np.int64)
-    size = np.array(size, np.int64).reshape(-1, 2)                             # (V, 2)
-    unit = size if unit is None else unit
-    whole = rows[np.isfinite(rows["frame"])]
-    key_frames = np.column_stack([whole["video"], whole["frame"].astype(np.int64)])
-    key_frames = np.unique(key_frames, axis=0)                                 # (K, 2)
-    rows = rows[~(np.isnan(rows["person"]) & np.isnan(rows["box"]).all(axis=1))]
-    problems = [*problems, *row_problems(rows, path, classes, videos, num_frames, unit, seconds)]
-    known = np.isin(rows["label"], np.arange(len(classes)) + 1) & np.isfinite(rows["frame"])
-    rows = rows[known]
+    nobody = np.isnan(rows["person"]) & np.isnan(rows["box"]).all(axis=1)      # (R,)
+    problems = table.problems + row_problems(table, rows[~nobody], path, unit)
+    numbered = np.isfinite(rows["frame"])
+    key_frames = np.column_stack([rows["video"], rows["frame"]])[numbered]
+    key_frames = np.unique(key_frames.astype(np.int64), axis=0)                # (K, 2)
 
-    order = np.lexsort((*rows["box"].T[::-1], rows["person"], rows["frame"], rows["video"]))
-    rows = rows[order]
-    same = np.ones(max(len(rows) - 1, 0), bool)    # a row is of the same box as the one before it
-    for name in ("video", "frame", "person"):
-        same &= rows[name][1:] == rows[name][:-1]
-    same_person = same.copy()
-    same &= (rows["box"][1:] == rows["box"][:-1]).all(axis=1)
-    new = np.ones(len(rows), bool)
-    new[1:] = ~same
-    boxes = rows[new]                                                          # (M,)
-    label = np.zeros((len(boxes), len(classes)), bool)
-    label[np.cumsum(new) - 1, rows["label"].astype(np.int64) - 1] = True
+    known = np.isin(rows["label"], np.arange(len(table.classes)) + 1)
+    rows = rows[known & numbered & ~nobody]
+    key = np.column_stack([rows["video"], rows["frame"], rows["person"], rows["box"]])     # (R, 7)
+    _, first, box_of_row = np.unique(key, axis=0, return_index=True, return_inverse=True)
+    boxes = rows[first]                            # (M,) in the order of video, frame, person
+    label = np.zeros((len(boxes), len(table.classes)), bool)
+    label[box_of_row.reshape(-1), rows["label"].astype(np.int64) - 1] = True
     actor = np.arange(len(boxes))
     if persons:
-        pairs = np.column_stack([boxes["video"], boxes["person"]])             # (M, 2)
-        actor = np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
-        second = rows[1:][same_person & ~same]
-        if len(second):
-            places = [f"{place(row, path, videos)}: person {row['person']:g} has two boxes"
-                      for row in second]
+        key = np.column_stack([boxes["video"], boxes["person"]])               # (M, 2)
+        actor = np.unique(key, axis=0, return_inverse=True)[1].reshape(-1)
+        order = np.lexsort((boxes["frame"], actor))
+        again = (np.diff(actor[order]) == 0) & (np.diff(boxes["frame"][order]) == 0)
+        places = [f"{where(row, path, table)}: person {row['person']:g} has two boxes"
+                  for row in boxes[order[1:][again]]]
+        if places:
             problems.append(problem("person with two boxes in one frame", places))
     if not len(boxes) and not problems:
         problems.append(f"{path}: the annotation has no boxes")
-    scale = (size / unit)[boxes["video"]][:, [1, 0, 1, 0]]                     # (M, 4)
-    return Table(list(classes), list(videos), num_frames, size, boxes["video"],
-                 boxes["frame"].astype(np.int64), actor, (boxes["box"] * scale).astype(np.float32),
-                 label, key_frames, seconds, problems, source)
+    scale = (table.size / unit)[boxes["video"]][:, [1, 0, 1, 0]]               # (M, 4)
+    return replace(table, problems=problems, key_frames=key_frames, video=boxes["video"],
+                   frame=boxes["frame"].astype(np.int64), actor=actor, label=label,
+                   box=(boxes["box"] * scale).astype(np.float32))
 
 
-def place(row, path, videos):
+def where(row, path, table):
     """Where a row is, in words."""
     line = f" row {row['line']}" if row["line"] else ""
-    return f"{path}{line}: {videos[row['video']]} frame {row['frame']:g}"
+    return f"{path}{line}: {table.videos[row['video']]} frame {row['frame']:g}"
 
 
-def row_problems(rows, path, classes, videos, num_frames, unit, seconds):
-    """The faults of rows (R,) of boxes as texts, see `tabulate`."""
+def row_problems(table, rows, path, unit):
+    """The faults of rows (R,) of boxes, and of videos, as texts; see `add_boxes`."""
+    count = table.num_frames[rows["video"]]                                    # (R,)
+    extent = unit[rows["video"]][:, ::-1]                                      # (R, 2) x and y
     low, high = rows["box"][:, :2], rows["box"][:, 2:]                         # (R, 2) each
-    extent = unit[rows["video"]][:, ::-1]                              # (R, 2) width and height
-    first, last = AVA_SECONDS if seconds else (1, num_frames[rows["video"]])
+    first, last = AVA_SECONDS if table.seconds else (1, count)
     slack = 0.005 * extent         # annotations that count pixels from 1 may end one pixel outside
+    classes = len(table.classes)
+
     finite = np.isfinite(rows["box"]).all(axis=1)
     outside = finite & ((low < -slack) | (high > extent + slack)).any(axis=1)
     turned = finite & (high <= low).any(axis=1)
-    absent = ~((rows["frame"] >= first) & (rows["frame"] <= last))
-    absent &= num_frames[rows["video"]] > 0                # or else no frame is, which is said once
-    unknown = ~np.isin(rows["label"], np.arange(len(classes)) + 1)
+    beyond = (count > 0) & ~((rows["frame"] >= first) & (rows["frame"] <= last))
+    unknown = ~np.isin(rows["label"], np.arange(classes) + 1)
 
-    causes = {"outside": "", "turned": "", "absent": "", "unknown": ""}
     in_shares = (unit == 1).all()
-    if in_shares and (rows["box"][outside] > 2).any():
-        causes["outside"] = "pixels; x and y are shares of the frame's width and height, 0 to 1"
-    if ((low + high)[turned] <= (extent + slack)[turned]).all():
-        causes["turned"] = "x, y, width, height in place of the corners x1, y1, x2, y2"
-    if (rows["frame"][absent] == 0).any():
-        causes["absent"] = "frames counted from 0; the first is 1"
-    if (rows["label"][unknown] == 0).all() and not (rows["label"] == len(classes)).any():
-        causes["unknown"] = "class ids counted from 0; the first is 1"
+    pixels = in_shares and (rows["box"][outside] > 2).any()
+    sizes = ((low + high)[turned] <= (extent + slack)[turned]).all()
+    frames_from_0 = (rows["frame"][beyond] == 0).any()
+    ids_from_0 = (rows["label"][unknown] == 0).all() and not (rows["label"] == classes).any()
+    kinds = [("box with a coordinate that is not a number", ~finite, False, ""),
+             ("box outside of the frame", outside, pixels,
+              "pixels; x and y are shares of the frame's width and height, 0 to 1"),
+             ("box with x2 <= x1 or y2 <= y1", turned, sizes,
+              "x, y, width, height in place of the corners x1, y1, x2, y2"),
+             ("box of a frame that is not in the video", beyond, frames_from_0,
+              "frames counted from 0; the first is 1"),
+             (f"class id that is not in the class list (1 to {classes})", unknown, ids_from_0,
+              "class ids counted from 0; the first is 1")]
 
-    kinds = [("box with a coordinate that is not a number", ~finite, ""),
-             ("box outside of the frame", outside, causes["outside"]),
-             ("box with x2 <= x1 or y2 <= y1", turned, causes["turned"]),
-             ("box of a frame that is not in the video", absent, causes["absent"]),
-             (f"class id that is not in the class list (1 to {len(classes)})", unknown,
-              causes["unknown"])]
     problems = []
-    if (num_frames < 1).any():
-        places = [f"{path}: {videos[v]}: the video has no frames"
-                  for v in np.flatnonzero(num_frames < 1)]
+    places = [f"{path}: {table.videos[v]}: the video has no frames"
+              for v in np.flatnonzero(table.num_frames < 1)]
+    if places:
         problems.append(problem("video of zero frames", places))
-    for kind, found, cause in kinds:
+    for kind, found, likely, cause in kinds:
         places = []
-        for row in rows[found]:
+        for row in rows[found][:3]:
             height, width = unit[row["video"]]
             of = "" if in_shares else f"{width}x{height}, "
-            places.append(f"{place(row, path, videos)}: box {row['box'].tolist()}, class "
-                          f"{row['label']:g} (of {of}{num_frames[row['video']]} frames)")
+            places.append(f"{where(row, path, table)}: box {row['box'].tolist()}, class "
+                          f"{row['label']:g} (of {of}{table.num_frames[row['video']]} frames)")
         if places:
-            problems.append(problem(kind, places, cause))
+            problems.append(problem(kind, places, cause if likely else "", found.sum()))
     return problems
 
 
@@ -246,29 +250,29 @@ def fill_gaps(table, fill):
     order = np.lexsort((table.frame, table.actor))
     gap = np.diff(table.frame[order])
     near = (np.diff(table.actor[order]) == 0) & (gap > 1) & (gap <= fill)
-    source, frame, box, label = [], [], [], []     # of the new boxes: the box before, and the rest
+    start, frame, box, label = [], [], [], []      # of the new boxes: the box before, and the rest
     for at in np.flatnonzero(near):
         before, after = order[at], order[at + 1]
         between = np.arange(table.frame[before] + 1, table.frame[after])
         both = table.label[before] & table.label[after]
         if both.any() and empty.isdisjoint((table.video[before], number) for number in between):
             share = (np.arange(1, gap[at]) / gap[at])[:, None]                 # (gap - 1, 1)
-            source += [before] * len(between)
+            start += [before] * len(between)
             frame.append(between)
             box.append((1 - share) * table.box[before] + share * table.box[after])
             label += [both] * len(between)
-    if not source:
+    if not start:
         return table
-    video = np.concatenate([table.video, table.video[source]])
+    video = np.concatenate([table.video, table.video[start]])
     frame = np.concatenate([table.frame, *frame])
-    order = np.lexsort((frame, video))
     key_frames = np.concatenate([table.key_frames, np.column_stack([video, frame])])
+    order = np.lexsort((frame, video))
     return replace(table, video=video[order], frame=frame[order],
-                   actor=np.concatenate([table.actor, table.actor[source]])[order],
+                   actor=np.concatenate([table.actor, table.actor[start]])[order],
                    box=np.concatenate([table.box, *box]).astype(np.float32)[order],
                    label=np.concatenate([table.label, label])[order],
                    key_frames=np.unique(key_frames, axis=0),
-                   source=f"{table.source}; {len(source)} boxes interpolated")
+                   source=f"{table.source}; {len(start)} boxes interpolated")
 
 
 def sparse_boxes(table):
@@ -386,48 +390,53 @@ def read_gttubes(path):
 
 def read_rows(path):
     """A csv of AVA's columns -> (video names (R,), rows (R,) without their video, problems)."""
-    names, fields, faults = [], [], {"columns": [], "number": [], "frame": []}
+    names, fields = [], []
+    columns, words, fractions = [], [], []         # faults: (number of the row, what is wrong)
     widths = Counter()
-    for line, row in enumerate(csv.reader(read_text(path).splitlines()), 1):
-        where = f"{path} row {line}"
+    for line, row in read_csv(path):
         widths[len(row)] += 1
-        if not row:
-            continue
         if len(row) not in (2, 8):
-            faults["columns"].append(
-                f"{where}: columns: {len(row)}, not 8 (video, frame, x1, y1, x2, y2, class id, "
-                "person), nor the first 2 of them, for a frame with nobody in it")
+            columns.append((line, f"columns: {len(row)}, not 8 (video, frame, x1, y1, x2, y2, "
+                            "class id, person), nor the first 2, for a frame with nobody in it"))
             continue
         try:
-            numbers = [float(text) for text in row[1:]] + [np.nan] * (8 - len(row))
+            frame, *numbers = map(float, row[1:])
         except ValueError as error:
-            faults["number"].append(f"{where}: {error}")
+            words.append((line, error))
             continue
-        frame, *box, label, person = numbers
         if not frame.is_integer() or abs(frame) > 2 ** 53:
-            faults["frame"].append(f"{where}: frame {row[1]!r} is no whole number")
+            fractions.append((line, f"frame {row[1]!r} is no whole number"))
             continue
-        if len(row) == 8 and not np.isfinite(person):
-            faults["number"].append(f"{where}: person {row[7]!r} is no number")
+        *box, label, person = numbers or [np.nan] * 6
+        if numbers and not math.isfinite(person):
+            words.append((line, f"{row[7]!r} in the last column is no number"))
             continue
         names.append(row[0])
         fields.append((0, frame, person, box, label, line))
 
-    usual = widths.most_common(1)[0][0] if widths else 8
-    causes = {"columns": "", "number": "", "frame": ""}
-    if usual > 8:
-        causes["columns"] = "a column too many, a row number or a score"
-    elif usual == 7:
-        causes["columns"] = "the last column, the person, left out"
-    elif usual == 1:
-        causes["columns"] = "something else than commas between the columns"
-    if len(faults["number"]) == 1 and faults["number"][0].startswith(f"{path} row 1:"):
-        causes["number"] = "a header line; the format has none: delete it"
-    kinds = {"columns": "row of another number of columns",
-             "number": "row with a word for a number",
-             "frame": "row whose frame is no whole number"}
-    problems = [problem(kinds[kind], faults[kind], causes[kind]) for kind in kinds if faults[kind]]
+    usual = max(widths, key=widths.get, default=8)
+    shape = {1: "something else than commas between the columns",
+             7: "the last column, the person, left out",
+             9: "a column too many, a row number or a score"}.get(usual, "")
+    header = ""
+    if [line for line, _ in words] == [1]:
+        header = "a header line; the format has none: delete it"
+    problems = []
+    for kind, faults, cause in (("row of another number of columns", columns, shape),
+                                ("row with a word for a number", words, header),
+                                ("row whose frame is no whole number", fractions, "")):
+        if faults:
+            places = [f"{path} row {line}: {fault}" for line, fault in faults[:3]]
+            problems.append(problem(kind, places, cause, len(faults)))
     return np.array(names, str), np.array(fields, ROW), problems
+
+
+def read_label_map(path):
+    """{id: name} of a .pbtxt label map such as AVA's."""
+    items = re.findall(r'name:\s*"([^"]*)"\s*(?:label_)?id:\s*(\d+)', read_text(path))
+    if not items:
+        raise ValueError(f"{path} has no item {{ name: ... id: ... }}; it is no label map")
+    return {int(number): name for name, number in items}
 
 
 # --- frames, a file each
@@ -778,24 +787,29 @@ def video_files(root):
     """The video files below a folder, in order. Trees of frames and hidden files are left out, and
     what visualize.py drew (an MP4 beside a tubes.json)."""
     found = {}
-    for place, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(set(folders) - set(FRAME_FOLDERS))
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = sorted(set(folders) - set(FRAME_FOLDERS))     # which of them to walk through
         for name in names:
             suffix = Path(name).suffix.lower()
             drawn = suffix == ".mp4" and "tubes.json" in names
             if suffix in VIDEO_SUFFIXES and not name.startswith(".") and not drawn:
-                path = Path(place, name)
+                path = Path(folder, name)
                 found.setdefault(path.resolve(), path)     # a link to a file is no second file
     return sorted(found.values())
 
 
 def find_source(root, videos, rate=None):
-    """Looks below root for the frames of these videos, or else for their files -> FrameSource."""
+    """Looks below root for the frames of these videos, or else for their files -> FrameSource; an
+    error if a video is there twice."""
     trees = [root / name for name in FRAME_FOLDERS if (root / name).is_dir()]
     folders = {}
     for video, tree in itertools.product(videos, trees):
-        if video not in folders and has_frames(tree / video, Path(video).name):
-            folders[video] = tree / video
+        folder = tree / video
+        if has_frames(folder, Path(video).name):
+            if video in folders and not folder.samefile(folders[video]):
+                raise ValueError(f"{folders[video]} and {folder} both hold frames of {video}; move "
+                                 "one of them away")
+            folders[video] = folder
     wanted = [video for video in videos if video not in folders]
     return FrameSource(root, folders, find_files(root, wanted) if wanted else {}, rate)
 
@@ -905,41 +919,46 @@ def read_tube_set(name, root, side, fold, missing):
         for frames, boxes, label in annotated[video].tubes:
             rows.append(make_rows(i, frames, person, boxes, label))
             person += 1
-    num_frames = [annotated[video].num_frames for video in videos]
-    size = [annotated[video].size for video in videos]
+    num_frames = np.array([annotated[video].num_frames for video in videos], np.int64)
+    size = np.array([annotated[video].size for video in videos], np.int64).reshape(-1, 2)
     unknown = len(listed) - len(known)
     words = f"{path}, {unknown} of the {len(listed)} listed videos not annotated and left out"
-    return tabulate(np.concatenate(rows), path, classes, videos, num_frames, size,
-                    words + left_out, problems=problems), source
+    table = Table(list(classes), videos, num_frames, size, words + left_out, problems)
+    return add_boxes(table, np.concatenate(rows), path, size, persons=True), source
 
 
-def read_excluded(path):
-    """{(video, second)} of AVA's list of seconds that do not count."""
+def read_ava_rows(root, side):
+    """What `read_own_rows` returns, of AVA v2.2: without the seconds that are excluded."""
+    path = find_file(root, f"ava_{side}_v2.2.csv")
+    names, rows, problems = read_rows(path)
+    listed = find_file(root, f"ava_{side}_excluded_timestamps_v2.2.csv", needed=False)
     excluded = set()
-    for line, row in enumerate(csv.reader(read_text(path).splitlines()), 1):
+    for line, row in read_csv(listed) if listed else ():
         try:
-            if row:
-                excluded.add((row[0], float(row[1])))
+            excluded.add((row[0], float(row[1])))
         except (IndexError, ValueError) as error:
-            raise ValueError(f"{path} row {line}: {row} is not a video and its second") from error
-    return excluded
+            raise ValueError(f"{listed} row {line}: {row} is not a video and a second") from error
+    keys = zip(names.tolist(), rows["frame"].tolist())
+    kept = np.array([key not in excluded for key in keys], bool)
+    return path, names, rows, kept, listed or "no list of excluded seconds", problems
 
 
-def choose_rows(root, side, path, names):
-    """The rows of your own annotation that are of a side -> (bool (R,), val.txt, problems)."""
-    listed = find_file(root, "val.txt")
-    val, there = set(read_list(listed)), set(names.tolist())
+def read_own_rows(root, side):
+    """Your own annotation -> (its path, video names (R,), rows (R,), which of them are of the side
+    (R,), the list that says so, problems)."""
+    path, listed = find_file(root, "annotations.csv"), find_file(root, "val.txt")
+    names, rows, problems = read_rows(path)
+    val, annotated = set(read_list(listed)), set(names.tolist())
     kept = np.isin(names, sorted(val)) == (side == "val")
-    unknown = sorted(val - there)
-    problems = []
-    if unknown:
-        places = [f"{listed}: {video} is not in {path}{nearest(video, there)}" for video in unknown]
-        problems.append(problem("validation video without annotation", places))
-    if len(names) and not kept.any():
-        problems.append(f"{listed} lists no video of {path}: none is left for validation"
-                        if side == "val" else
-                        f"{listed} lists every video of {path}: none is left for training")
-    return kept, listed, problems
+    if not problems:               # else the rows that cannot be read may be what is missed here
+        places = [f"{listed}: {video} is not in {path}{nearest(video, annotated)}"
+                  for video in sorted(val - annotated)]
+        if places:
+            problems.append(problem("validation video without annotation", places))
+        if len(names) and not kept.any():
+            found, missed = ("no", "validation") if side == "val" else ("every", "training")
+            problems.append(f"{listed} lists {found} video of {path}: none is left for {missed}")
+    return path, names, rows, kept, listed, problems
 
 
 def read_csv_set(name, root, side, key_frame, missing):
@@ -948,35 +967,23 @@ def read_csv_set(name, root, side, key_frame, missing):
     if ava and not key_frame:
         raise ValueError("ava is annotated at key frames only; use a preset of key frames "
                          "(--set key_frame=true)")
-    path = find_file(root, f"ava_{side}_v2.2.csv" if ava else "annotations.csv")
-    names, rows, problems = read_rows(path)
-    if ava:
-        classes = AVA_CLASSES_80
-        by = find_file(root, f"ava_{side}_excluded_timestamps_v2.2.csv", needed=False)
-        excluded = read_excluded(by) if by else set()
-        keys = zip(names.tolist(), rows["frame"].tolist())
-        kept = np.array([key not in excluded for key in keys], bool)
-    else:
-        classes = read_class_names(name, root)
-        kept, by, more = choose_rows(root, side, path, names)
-        problems = problems or more            # rows that cannot be read may be what is missed
-    words = f"{path} without {(~kept).sum()} rows by {by or 'no list of excluded seconds'}"
+    path, names, rows, kept, by, problems = (read_ava_rows if ava else read_own_rows)(root, side)
+    words = f"{path} without {(~kept).sum()} rows by {by}"
     names, rows = names[kept], rows[kept]
 
     listed = np.unique(names).tolist()
     source = find_source(root, listed, AVA_RATE if ava else None)
-    videos, left_out, more = choose_videos(listed, source, missing, alone=ava)
-    problems += more
-    kept = np.isin(names, videos)
-    names, rows = names[kept], rows[kept]
+    videos, left_out, lost = choose_videos(listed, source, missing, alone=ava)
+    there = np.isin(names, videos)
+    names, rows = names[there], rows[there]
     rows["video"] = np.searchsorted(np.array(videos, str), names)
     num_frames = [source.count(video) for video in videos if video in source]
     size = [source.size(video) for video in videos if video in source]
     if videos and not num_frames:  # the annotation alone: boxes stay shares of the frame
         num_frames, size = [AVA_LENGTH * AVA_RATE] * len(videos), [(1, 1)] * len(videos)
-    unit = np.ones((len(videos), 2), np.int64)
-    return tabulate(rows, path, classes, videos, num_frames, size, words + left_out, unit,
-                    not key_frame, ava, problems), source
+    table = Table(read_class_names(name, root), videos, np.array(num_frames, np.int64),
+                  np.array(size, np.int64).reshape(-1, 2), words + left_out, problems + lost, ava)
+    return add_boxes(table, rows, path, np.ones_like(table.size), persons=not key_frame), source
 
 
 def read_class_names(name, root):
@@ -988,7 +995,9 @@ def read_class_names(name, root):
     classes = read_list(path)
     twice = [name for name, count in Counter(classes).items() if count > 1]
     if twice:
-        raise ValueError(f"{path} has {some(twice)} more than once; a class has one line")
+        raise ValueError(f"{path} lists {some(twice)} twice; it has one line for each class")
+    if not classes:
+        raise ValueError(f"{path} lists no class; it has one line for each class")
     return classes
 
 

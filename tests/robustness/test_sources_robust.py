@@ -119,11 +119,25 @@ def test_a_header_line_is_recognised(own):
     (("a", "x", .1, .1, .2, .2, 1, 8), "row 10: could not convert string to float: 'x'"),
     (("a", 3.5, .1, .1, .2, .2, 1, 8), "row 10: frame '3.5' is no whole number"),
     (("a", "1e30", .1, .1, .2, .2, 1, 8), "row 10: frame '1e30' is no whole number"),
-    (("a", 3, .1, .1, .2, .2, 1, "nan"), "row 10: person 'nan' is no number"),
+    (("a", 3, .1, .1, .2, .2, 1, "nan"), "row 10: 'nan' in the last column is no number"),
     (("a", 3, .1, .1, .2, .2, "nan", 8), "class id that is not in the class list (1 to 2), once")])
 def test_one_faulty_row_is_named(own, row, message):
     write_csv(own / "annotations.csv", [B, *ROWS, row])
     assert message in problems(own)
+
+
+def test_a_quote_that_is_not_closed_is_an_error(own):
+    with open(own / "annotations.csv", "a") as file:
+        file.write('"a,' + "1,2\n" * 50_000)
+    with pytest.raises(ValueError, match="annotations.csv is no csv file: field larger than"):
+        read_dataset("custom", own, "train", False)
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_lines_may_end_as_other_systems_do(own, end):
+    text = (own / "annotations.csv").read_text().replace("\n", end)
+    (own / "annotations.csv").write_bytes(text.encode())
+    assert not problems(own)
 
 
 def test_blank_lines_are_no_rows(own):
@@ -145,16 +159,17 @@ def test_a_video_of_zero_frames_is_named(ucf):
     assert "Biking/v_a: the video has no frames" in problems(ucf, "val", name="ucf")
 
 
-def test_a_class_that_is_listed_twice_is_an_error(own):
-    (own / "classes.txt").write_text("wave\nrun\nwave\n")
-    with pytest.raises(ValueError, match="classes.txt has wave more than once"):
-        read_dataset("custom", own, "train", False)
+def test_a_class_list_with_a_class_twice_or_none_is_an_error(own):
+    for text, message in (("wave\nrun\nwave\n", "wave twice"), ("\n", "no class")):
+        (own / "classes.txt").write_text(text)
+        with pytest.raises(ValueError, match=f"classes.txt lists {message}; it has one line for"):
+            read_dataset("custom", own, "train", False)
 
 
 def test_a_faulty_list_of_excluded_seconds_is_named(tmp_path):
     write_csv(tmp_path / "ava_val_v2.2.csv", [("v", 902, .1, .1, .2, .2, 1, 1)])
     (tmp_path / "ava_val_excluded_timestamps_v2.2.csv").write_text("v,902\nv\n")
-    with pytest.raises(ValueError, match="timestamps_v2.2.csv row 2: ..v.. is not a video and"):
+    with pytest.raises(ValueError, match="timestamps_v2.2.csv row 2: ..v.. is not a video and a"):
         read_dataset("ava", tmp_path, "val", True)
 
 
@@ -242,6 +257,17 @@ def test_a_file_is_not_taken_for_a_video_of_another_class(tmp_path):
     write_video(tmp_path / "run/v.mp4", range(5))
     assert list(find_source(tmp_path, ["run/v", "walk/v"]).files) == ["run/v"]
     assert list(find_source(tmp_path, ["walk/v"]).files) == ["walk/v"]         # the only one
+
+
+def test_two_folders_of_frames_of_one_video_are_an_error_that_names_both(own):
+    (own / "rawframes").mkdir()
+    (own / "frames/a").rename(own / "rawframes/a")
+    (own / "frames/a").symlink_to(own / "rawframes/a")     # a link is no second one
+    assert find_source(own, ["a"]).count("a") == 20
+    (own / "frames/a").unlink()
+    (own / "frames/b").rename(own / "frames/a")
+    with pytest.raises(ValueError, match="frames/a and .*rawframes/a both hold frames of a; move"):
+        find_source(own, ["a"])
 
 
 def test_links_and_hidden_files_are_no_second_video(tmp_path):
@@ -351,9 +377,8 @@ def test_a_seek_that_misses_is_followed_by_decoding_from_the_start(tmp_path, mon
     path = tmp_path / "a.mp4"
     write_video(path, range(100), g=25)
     stamps, keys, unit = sources.packet_stamps(path)
-    wrong = stamps + stamps[1]                             # each frame with the stamp of the next
+    wrong = np.delete(stamps, 61)                          # a packet that is no picture, say
     monkeypatch.setattr(sources, "packet_stamps", lambda path: (wrong, keys, unit))
-    monkeypatch.setattr(sources, "NEAR_START", 1000)
     assert shown(read_frames(path, np.array([60, 62]))) == [60, 62]
 
 
