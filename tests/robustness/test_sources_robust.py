@@ -273,8 +273,10 @@ def test_two_folders_of_frames_of_one_video_are_an_error_that_names_both(own):
 
 
 def test_links_and_hidden_files_are_no_second_video(tmp_path):
-    (tmp_path / "other").mkdir()
+    for folder in ("other", "frames"):
+        (tmp_path / folder).mkdir()
     write_video(tmp_path / "a.mp4", range(5))
+    write_video(tmp_path / "frames/a.mp4", range(7))       # trees of frames are not searched
     (tmp_path / "other/a.mp4").symlink_to(tmp_path / "a.mp4")
     (tmp_path / "._a.mp4").write_bytes(b"of another system")
     assert len(sources.video_files(tmp_path)) == 1 and find_source(tmp_path, ["a"]).count("a") == 5
