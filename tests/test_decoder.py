@@ -141,7 +141,7 @@ def test_the_folded_class_attention_is_the_printed_one_with_its_gradients():
 
 
 def test_a_classifying_layer_step_by_step():
-    """Sec. 4.2: z of f + x by the convolutions; the attention's value is of x; the rest as usual."""
+    """Sec. 4.2: z of f + x by the convolutions; the attention's value is of x, not of z."""
     layer = ClassifyingLayer(16, 4, 24, 0.0, 2).eval()
     f, P = torch.randn(2, 2, 16)
     context, key_pos = torch.randn(2, 2, 8, 16)
