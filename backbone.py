@@ -317,7 +317,10 @@ class ConvStem(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        self.to(memory_format=torch.channels_last_3d)  # a tenth to a fifth faster on the CPU
+                # a tenth to a fifth faster on the CPU
+                channels_last = module.weight.detach().contiguous(
+                    memory_format=torch.channels_last_3d)
+                module.weight = nn.Parameter(channels_last)
 
     def forward(self, clips):
         x = clips.contiguous(memory_format=torch.channels_last_3d)
