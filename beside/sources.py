@@ -21,6 +21,7 @@ import contextlib
 import csv
 import difflib
 import itertools
+import math
 import os
 import pickle
 import re
@@ -389,46 +390,53 @@ def read_gttubes(path):
 
 def read_rows(path):
     """A csv of AVA's columns -> (video names (R,), rows (R,) without their video, problems)."""
-    names, fields, faults = [], [], {"columns": [], "number": [], "frame": []}
+    names, fields = [], []
+    columns, words, fractions = [], [], []         # faults: (number of the row, what is wrong)
     widths = Counter()
     for line, row in read_csv(path):
-        here = f"{path} row {line}"
         widths[len(row)] += 1
         if len(row) not in (2, 8):
-            faults["columns"].append(
-                f"{here}: columns: {len(row)}, not 8 (video, frame, x1, y1, x2, y2, class id, "
-                "person), nor the first 2 of them, for a frame with nobody in it")
+            columns.append((line, f"columns: {len(row)}, not 8 (video, frame, x1, y1, x2, y2, "
+                            "class id, person), nor the first 2, for a frame with nobody in it"))
             continue
         try:
-            numbers = [float(text) for text in row[1:]] + [np.nan] * (8 - len(row))
+            frame, *numbers = map(float, row[1:])
         except ValueError as error:
-            faults["number"].append(f"{here}: {error}")
+            words.append((line, error))
             continue
-        frame, *box, label, person = numbers
         if not frame.is_integer() or abs(frame) > 2 ** 53:
-            faults["frame"].append(f"{here}: frame {row[1]!r} is no whole number")
+            fractions.append((line, f"frame {row[1]!r} is no whole number"))
             continue
-        if len(row) == 8 and not np.isfinite(person):
-            faults["number"].append(f"{here}: person {row[7]!r} is no number")
+        *box, label, person = numbers or [np.nan] * 6
+        if numbers and not math.isfinite(person):
+            words.append((line, f"{row[7]!r} in the last column is no number"))
             continue
         names.append(row[0])
         fields.append((0, frame, person, box, label, line))
 
     usual = max(widths, key=widths.get, default=8)
-    causes = {"columns": "", "number": "", "frame": ""}
-    if usual > 8:
-        causes["columns"] = "a column too many, a row number or a score"
-    elif usual == 7:
-        causes["columns"] = "the last column, the person, left out"
-    elif usual == 1:
-        causes["columns"] = "something else than commas between the columns"
-    if len(faults["number"]) == 1 and faults["number"][0].startswith(f"{path} row 1:"):
-        causes["number"] = "a header line; the format has none: delete it"
-    kinds = {"columns": "row of another number of columns",
-             "number": "row with a word for a number",
-             "frame": "row whose frame is no whole number"}
-    problems = [problem(kinds[kind], faults[kind], causes[kind]) for kind in kinds if faults[kind]]
+    shape = {1: "something else than commas between the columns",
+             7: "the last column, the person, left out",
+             9: "a column too many, a row number or a score"}.get(usual, "")
+    header = ""
+    if [line for line, _ in words] == [1]:
+        header = "a header line; the format has none: delete it"
+    problems = []
+    for kind, faults, cause in (("row of another number of columns", columns, shape),
+                                ("row with a word for a number", words, header),
+                                ("row whose frame is no whole number", fractions, "")):
+        if faults:
+            places = [f"{path} row {line}: {fault}" for line, fault in faults[:3]]
+            problems.append(problem(kind, places, cause, len(faults)))
     return np.array(names, str), np.array(fields, ROW), problems
+
+
+def read_label_map(path):
+    """{id: name} of a .pbtxt label map such as AVA's."""
+    items = re.findall(r'name:\s*"([^"]*)"\s*(?:label_)?id:\s*(\d+)', read_text(path))
+    if not items:
+        raise ValueError(f"{path} has no item {{ name: ... id: ... }}; it is no label map")
+    return {int(number): name for name, number in items}
 
 
 # --- frames, a file each

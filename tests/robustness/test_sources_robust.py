@@ -119,7 +119,7 @@ def test_a_header_line_is_recognised(own):
     (("a", "x", .1, .1, .2, .2, 1, 8), "row 10: could not convert string to float: 'x'"),
     (("a", 3.5, .1, .1, .2, .2, 1, 8), "row 10: frame '3.5' is no whole number"),
     (("a", "1e30", .1, .1, .2, .2, 1, 8), "row 10: frame '1e30' is no whole number"),
-    (("a", 3, .1, .1, .2, .2, 1, "nan"), "row 10: person 'nan' is no number"),
+    (("a", 3, .1, .1, .2, .2, 1, "nan"), "row 10: 'nan' in the last column is no number"),
     (("a", 3, .1, .1, .2, .2, "nan", 8), "class id that is not in the class list (1 to 2), once")])
 def test_one_faulty_row_is_named(own, row, message):
     write_csv(own / "annotations.csv", [B, *ROWS, row])
