@@ -380,7 +380,7 @@ def test_frame_map_is_what_a_slow_loop_finds_on_crowded_frames(seed):
     truth = {name: values[rows] for name, values in truth.items()}
     table = {"frame": generator.integers(0, frames + 1, number),
              "box": random_boxes(generator, number),
-             "scores": generator.integers(0, 9, (number, classes)) / 8}     # of equal ones order counts
+             "scores": generator.integers(0, 9, (number, classes)) / 8}     # many equal ones
     threshold = generator.choice([0.3, 0.5])
     wanted = np.full(classes, np.nan)
     for label in set(truth["label"].tolist()):
