@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
@@ -40,8 +41,9 @@ from beside.released import content_heads
 from beside.sources import (AVA_CLASSES_80, JHMDB_CLASSES, UCF_CLASSES, VIDEO_SUFFIXES, video_files,
                             video_frames, video_rate)
 from data import draw_transform, render
-from evaluate import (ROWS, add_source_arguments, bar, clip_videos, load_model, open_dataset, rows,
-                      shortest_tube, start)
+from evaluate import (ROWS, add_source_arguments, at_least, bar, clip_videos, default_precision,
+                      find_checkpoint, load_model, open_dataset, rows, set_precision, shortest_tube,
+                      start)
 from metrics import box_iou, link_tubes
 from model import scores
 from objective import cxcywh_to_xyxy
@@ -55,8 +57,8 @@ GAP = 8                     # pixels between them
 FIGURE_WIDTH = 1152         # pixels of an attention sheet
 FIGURE_CLIPS = 40           # clips that are looked at for one
 TICK = Fraction(1, 60000)   # of a second: the grain of a written video's times
-DEFAULT_CHECKPOINT = Path(__file__).parent / "weights" / "synthetic.pt"
-REMEMBERED = ("ckpt", "set", "classes", "heads", "maps", "look_from", "min_score", "top", "width")
+REMEMBERED = ("set", "precision", "classes", "heads", "maps", "look_from", "min_score", "top",
+              "width")      # options that tubes.json names
 
 
 # ---- what the model sees ----
@@ -73,7 +75,7 @@ def run(model, config, device, precision, clip, target, heads=None):
         out = model(clip[None].to(device), return_attention=wanted)
     detections = {}
     queries = out["pred_boxes"].shape[2]
-    for name, values in rows(out, [target], config, {target["video"]: 0}).items():
+    for name, values in rows(out, [target], config).items():
         detections[name] = values.reshape(-1, queries, *values.shape[1:])    # (frames, A, ...)
     if heads is None:
         return detections, None
@@ -450,7 +452,7 @@ def attention_sheet(model, dataset, config, path, device, clips=3):
     actor that has three labels at once, or the most there are; of these, the ones whose share on
     the cause is nearest to the median, or the first ones where no cause is known. The frame is the
     middle one of those in which the actor has these labels. Where no clip has a label nothing is
-    drawn, and a line says so. Leaves the model as it was.
+    drawn, and a line says so. Leaves the model as it was; returns whether there is a picture.
     """
     moments = []
     for index in np.unique(np.linspace(0, len(dataset) - 1, FIGURE_CLIPS).astype(int)).tolist():
@@ -459,7 +461,7 @@ def attention_sheet(model, dataset, config, path, device, clips=3):
             moments.append(moment | {"clip": index})
     if not moments:
         print(f"{path} is not drawn: {FIGURE_CLIPS} clips of {dataset.name} have no label")
-        return
+        return False
     busiest = max(moment["rank"] for moment in moments)
     moments = [moment for moment in moments if moment["rank"] == busiest]
     caused = busiest[1]
@@ -474,6 +476,7 @@ def attention_sheet(model, dataset, config, path, device, clips=3):
         middle = np.median([moment["share"] for moment in moments])
         moments.sort(key=lambda moment: abs(moment["share"] - middle))
     save_picture(path, np.concatenate([draw_moment(dataset, moment) for moment in moments[:clips]]))
+    return True
 
 
 def busiest_moment(target):
@@ -704,7 +707,8 @@ def video_clip(path, buffer, number, config, step, seen, last):
     slots = torch.arange(config.frames)
     indices = (slots * config.sampling_rate).clamp(max=len(buffer) - 1)
     used = [buffer[index] for index in indices.tolist()]
-    target = {"video": Path(path).stem, "size": torch.tensor(used[0]["picture"].shape[:2])}
+    target = {"video": Path(path).stem, "video_index": 0,
+              "size": torch.tensor(used[0]["picture"].shape[:2])}
     clip = None
     if seen:
         transform = draw_transform(target["size"].tolist(), config, augment=False)
@@ -853,8 +857,9 @@ def counted(number, noun):
 
 def remembered(args):
     """What a result depends on besides the video, as tubes.json has it."""
-    options = {name: getattr(args, name) for name in REMEMBERED}
-    return options | {"ckpt_time": round(os.path.getmtime(args.ckpt))}
+    path = Path(args.ckpt)
+    options = {"ckpt": str(path), "ckpt_time": round(path.stat().st_mtime)}
+    return options | {name: getattr(args, name) for name in REMEMBERED}
 
 
 def is_done(path, args):
@@ -864,11 +869,11 @@ def is_done(path, args):
 
 def find_videos(sources, out):
     """The video files that --video names: files, and what is in folders, but for the results in
-    `out`. SystemExit where there is none, and where two have one name."""
+    `out`. ValueError where there is none, and where two have one name."""
     videos = []
     for source in map(str, sources):
         if "://" in source or source.startswith("/dev/") or source.isdigit():
-            raise SystemExit(f"--video {source}: files and folders only; record a stream or camera "
+            raise ValueError(f"--video {source}: files and folders only; record a stream or camera "
                              "first, for example by ffmpeg -i SOURCE -t 60 in.mp4")
         if not Path(source).is_dir():
             videos.append(Path(source))
@@ -878,12 +883,12 @@ def find_videos(sources, out):
             if out.resolve() not in path.resolve().parents:
                 inside.append(path)
         if not inside:
-            raise SystemExit(f"no video ({', '.join(VIDEO_SUFFIXES)}) in {source}")
+            raise ValueError(f"no video ({', '.join(VIDEO_SUFFIXES)}) in {source}")
         videos += inside
     names = [path.stem for path in videos]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise SystemExit(f"several videos are called {', '.join(twice[:5])}: their results would "
+        raise ValueError(f"several videos are called {', '.join(twice[:5])}: their results would "
                          "share a folder; rename them")
     return videos
 
@@ -891,14 +896,14 @@ def find_videos(sources, out):
 def show_videos(look, model, config, device, rank, names, classes, args):
     """`show` for the files of --video, each in a folder of its own where there are several. The
     ranks share them; those that are done are left out. Returns the messages of those that cannot be
-    read; SystemExit with it where there is one file alone."""
+    read; where there is one file alone, that is raised."""
     root, failed = Path(args.out or "out"), []
     videos = find_videos(args.video, root)
     several = len(videos) > 1 or Path(args.video[0]).is_dir()
     for path in videos[rank::int(os.environ.get("WORLD_SIZE", 1))]:
         out = root / path.stem if several or not args.out else root
         if (out / f"{path.stem}.mp4").resolve() == path.resolve():
-            raise SystemExit(f"{path} would be overwritten by its own result: choose another --out")
+            raise ValueError(f"{path} would be overwritten by its own result: choose another --out")
         if several and is_done(out / "tubes.json", args):
             print(f"{path} is done, by the same options: {out / 'tubes.json'}")
             continue
@@ -909,18 +914,19 @@ def show_videos(look, model, config, device, rank, names, classes, args):
                  out, names, classes, args)
         except (OSError, ValueError) as error:
             if not several:
-                raise SystemExit(str(error)) from error
+                raise
             print(error)
             failed.append(str(error))
     return failed
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     usage="python visualize.py [--ckpt FILE] [options]")
     add_source_arguments(parser)
     group = parser.add_argument_group("what is drawn")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--clip", type=int, metavar="N", help="a clip of the data set, from 0 on (default: 0)")
+    add("--clip", type=at_least(0), metavar="N", help="a clip of the data set, from 0 (default: 0)")
     add("--video-name", metavar="NAME", help="a whole video of the data set")
     add("--video", metavar="FILE", nargs="+", help="your own: files, folders; processes share them")
     add("--figure", metavar="FILE", help="no video but this PNG: an actor of a typical clip, and "
@@ -931,42 +937,39 @@ def arguments(argv=None):
     add("--heads", choices=("all", "content"), default="all",
         help="whose mean the attention is; content: those that see content alone")
     add("--no-maps", dest="maps", action="store_false", help="tubes without attention, sooner")
-    add("--look-from", nargs=2, type=float, metavar=("X", "Y"),
+    add("--look-from", nargs=2, type=share, metavar=("X", "Y"),
         help="draw the encoder's sampling points too, from the cell at this place of the first "
              "clip's middle frame, in shares of width and height")
-    add("--min-score", type=float, default=0.3, help="boxes below this are left out (0.3)")
-    add("--top", type=int, default=3, help="classes written at an actor, at most (3)")
-    add("--width", type=int, default=1920, help="pixels of a picture, at most (1920)")
+    add("--min-score", type=share, default=0.3, metavar="SCORE",
+        help="boxes below this are left out (0.3)")
+    add("--top", type=at_least(1), default=3, metavar="N", help="classes written at an actor (3)")
+    add("--width", type=at_least(320), default=1920, metavar="PIXELS",
+        help="of a picture, at most (1920)")
     add("--rate", type=float, help="frames a second of the data set (25; short clips 4, AVA 1)")
     add("--out", metavar="DIR", help="folder of the results (default: out/NAME)")
     args = parser.parse_args(argv)
-    if not args.ckpt:
-        if not DEFAULT_CHECKPOINT.is_file():
-            parser.error(f"name a checkpoint, --ckpt runs/NAME/best.pt ({DEFAULT_CHECKPOINT} is "
-                         "absent)")
-        args.ckpt = str(DEFAULT_CHECKPOINT)
-        print(f"no --ckpt: {args.ckpt}, which knows the synthetic set alone")
-    limits = {"clip": (0, 10 ** 9), "min_score": (0, 1), "top": (1, 100), "width": (320, 7680),
-              "rate": (0.001, 1000)}
-    for name, (least, most) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} {value} is not between {least} and {most}")
-    if args.look_from and not all(0 <= share <= 1 for share in args.look_from):
-        parser.error(f"--look-from {args.look_from} is not between 0 and 1")
+    if args.rate is not None and not 0.001 <= args.rate <= 1000:
+        parser.error(f"--rate {args.rate} is not between 0.001 and 1000")
     return args
 
 
-def class_names(checkpoint, dataset, config):
+def share(text):
+    """A type of argparse's: a number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
+    return value
+
+
+def class_names(checkpoint, config):
     """Names of the checkpoint's classes: the authors' checkpoints hold none, but their numbers of
     classes are those of known data sets."""
-    if checkpoint["classes"]:
-        return list(checkpoint["classes"])
-    if dataset:
-        return list(dataset.class_names)
     known = {len(names): names for names in (UCF_CLASSES, JHMDB_CLASSES, AVA_CLASSES_80)}
     numbered = [f"class {number}" for number in range(1, config.num_classes + 1)]
-    return list(known.get(config.num_classes, numbered))
+    return list(checkpoint["classes"] or known.get(config.num_classes, numbered))
 
 
 def chosen_classes(texts, names):
@@ -975,7 +978,7 @@ def chosen_classes(texts, names):
     for text in texts:
         for name in [text] if text in names else text.split(","):
             if name not in names:
-                raise SystemExit(f"unknown class {name}; the checkpoint knows: {', '.join(names)}")
+                raise ValueError(f"unknown class {name}; the checkpoint knows: {', '.join(names)}")
             chosen.append(names.index(name))
     return chosen
 
@@ -984,51 +987,68 @@ def show_clips(look, model, dataset, config, device, names, classes, args):
     """`show` for a clip or a whole video of a data set."""
     if args.video_name:
         if args.video_name not in dataset.videos:
-            raise SystemExit(f"no video {args.video_name!r} among the {len(dataset.videos)} of "
+            raise ValueError(f"no video {args.video_name!r} among the {len(dataset.videos)} of "
                              f"{dataset.name}: {', '.join(list(dataset.videos)[:5])}, ...")
         place = list(dataset.videos).index(args.video_name)
         indices, video = np.flatnonzero(clip_videos(dataset) == place).tolist(), args.video_name
     else:
         index = args.clip or 0
         if index >= len(dataset):
-            raise SystemExit(f"--clip {index}: {dataset.name} has clips 0 to {len(dataset) - 1}")
+            raise ValueError(f"--clip {index}: {dataset.name} has clips 0 to {len(dataset) - 1}")
         indices, video = [index], f"{dataset.name}-clip-{index}"
     usual = 25 if config.frames >= 30 or config.key_frame else 4
     rate = args.rate or (1 if dataset.name == "ava" else usual)
     out = args.out or Path("out") / video.replace("/", "_")
-    try:
-        show(look, model, lambda seen: dataset_clips(dataset, indices, rate), video, rate, config,
-             device, out, names, classes, args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    show(look, model, lambda seen: dataset_clips(dataset, indices, rate), video, rate, config,
+         device, out, names, classes, args)
+
+
+def draw_all(args, device, rank, precision):
+    """What the command line asks for; precision: dtype of autocast."""
+    args.ckpt = find_checkpoint(args.ckpt)
+    model, config, checkpoint = load_model(args.ckpt, args.set, device)
+    if args.heads == "content" and "split_heads" not in config.quirks:
+        raise ValueError(f"--heads content: no heads of {args.ckpt} see content alone (no quirk "
+                         "split_heads)")
+    if rank == 0:
+        print(f"{args.ckpt} is {checkpoint['kind']}")
+    look = partial(run, model, config, device, precision)
+    if args.video:
+        if checkpoint["dataset"] == "synthetic" and rank == 0:
+            print(f"{args.ckpt} knows the drawn figures of the synthetic set, and no real video")
+        names = class_names(checkpoint, config)
+        classes = chosen_classes(args.classes, names)
+        failed = show_videos(look, model, config, device, rank, names, classes, args)
+        if failed and "WORLD_SIZE" not in os.environ:   # torchrun would end the other processes
+            said = "\n".join(failed)
+            raise ValueError(f"{counted(len(failed), 'video')} could not be read:\n{said}")
+        return
+    if rank > 0:
+        return
+    trained = checkpoint.get("settings", {}) | {"dataset": checkpoint["dataset"]}
+    dataset = open_dataset(args, config, checkpoint["classes"], args.ckpt, trained)
+    if args.figure:
+        if attention_sheet(model, dataset, config, args.figure, device, clips=1):
+            print(f"wrote {args.figure}")
+        return
+    names = list(dataset.class_names)
+    show_clips(look, model, dataset, config, device, names, chosen_classes(args.classes, names),
+               args)
 
 
 def main(argv=None):
     args = arguments(argv)
     device, rank = start(args.device)
-    model, config, checkpoint = load_model(args.ckpt, args.set, device)
-    if args.heads == "content" and "split_heads" not in config.quirks:
-        raise SystemExit(f"--heads content: no heads of {args.ckpt} see content alone (no quirk "
-                         "split_heads)")
-    print(f"{args.ckpt} is {checkpoint['kind']}")
-    look = partial(run, model, config, device, None)
-    dataset = None
-    if not args.video:
-        trained = checkpoint.get("settings", {}) | {"dataset": checkpoint["dataset"]}
-        dataset = open_dataset(args, config, checkpoint["classes"], args.ckpt, trained)
-    if args.figure:
-        attention_sheet(model, dataset, config, args.figure, device, clips=1)
-        print(f"wrote {args.figure}")
-        return
-    names = class_names(checkpoint, dataset, config)
-    classes = chosen_classes(args.classes, names)
-    if not args.video:
-        show_clips(look, model, dataset, config, device, names, classes, args)
-        return
-    failed = show_videos(look, model, config, device, rank, names, classes, args)
-    if failed and "WORLD_SIZE" not in os.environ:       # torchrun would end the other processes
-        said = "\n".join(failed)
-        raise SystemExit(f"{counted(len(failed), 'video')} could not be read:\n{said}")
+    args.precision = args.precision or default_precision(device, training=False)
+    try:
+        autocast = set_precision(args.precision, device)
+        if rank == 0:
+            print(f"visualize.py: {device}, precision {args.precision}", flush=True)
+        draw_all(args, device, rank, autocast)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"visualize.py: {error}") from error
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
