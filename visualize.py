@@ -51,7 +51,7 @@ from objective import cxcywh_to_xyxy
 COLOURS = [(255, 99, 71), (64, 156, 255), (80, 220, 100), (255, 196, 0), (214, 112, 255),
            (0, 214, 214), (255, 128, 200), (170, 220, 60), (255, 150, 60), (140, 140, 255)]
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
-SHORTEST_SIDE = 240         # frames smaller than this are enlarged by a whole factor: text fits
+SHORTEST_SIDE = 360         # frames smaller than this are enlarged by a whole factor: text fits
 SHEET_FRAMES = 6            # frames of a video that NAME.png shows
 GAP = 8                     # pixels between them
 FIGURE_WIDTH = 1152         # pixels of an attention sheet
@@ -276,7 +276,7 @@ def arrange(count, size, width):
 
     The panels are as large as they fit into `width` and, captions apart, 9/16 of it in height, but
     no larger than the pictures, or than the whole factor that brings their short side to
-    SHORTEST_SIDE. Another row has to make them larger by a tenth.
+    SHORTEST_SIDE. Another row has to make them larger by a quarter.
     """
     height = width * 9 / 16
     largest = max(1, -(-SHORTEST_SIDE // min(size)))
@@ -284,7 +284,7 @@ def arrange(count, size, width):
     for lines in range(1, count + 1):
         in_line = -(-count // lines)
         scale = min(width / (in_line * size[1]), height / (lines * size[0]), largest)
-        if scale > 1.1 * best:
+        if scale > 1.25 * best:
             best, columns = scale, in_line
     return columns, (max(1, int(size[0] * best)), max(1, int(size[1] * best)))
 
