@@ -63,19 +63,28 @@ REMEMBERED = ("set", "precision", "classes", "heads", "maps", "look_from", "min_
 
 # ---- what the model sees ----
 
-def run(model, config, device, precision, clip, target, heads=None):
+@dataclass
+class Detector:
+    """A model and how it is run."""
+    model: torch.nn.Module
+    config: object
+    device: torch.device
+    precision: torch.dtype | None = None        # of autocast, None without
+
+
+def detect(detector, clip, target, heads=None):
     """The model on one clip (3, T, H, W) -> (detections, attention).
 
     detections: `evaluate.rows` of the clip's frames, as (frames, A, ...) arrays. attention:
     (T, A, C, H', W'), the mean over "all" heads or over the "content" heads; None without `heads`.
-    precision: dtype of autocast, None without.
     """
+    device, dtype = detector.device, detector.precision
     wanted = "heads" if heads == "content" else heads is not None
-    with torch.inference_mode(), torch.autocast(device.type, precision, precision is not None):
-        out = model(clip[None].to(device), return_attention=wanted)
+    with torch.inference_mode(), torch.autocast(device.type, dtype, dtype is not None):
+        out = detector.model(clip[None].to(device), return_attention=wanted)
     detections = {}
     queries = out["pred_boxes"].shape[2]
-    for name, values in rows(out, [target], config).items():
+    for name, values in rows(out, [target], detector.config).items():
         detections[name] = values.reshape(-1, queries, *values.shape[1:])    # (frames, A, ...)
     if heads is None:
         return detections, None
@@ -92,10 +101,9 @@ def frame_slots(target):
 
 # ---- tubes ----
 
-def find_actors(look, clips, config, min_score):
-    """The tubes of some clips, by actor -> (actors, frames).
+def find_actors(detector, clips, min_score):
+    """The tubes of some clips, (clip, target, pictures) each, by actor -> (actors, frames).
 
-    look: `run` but for its last three arguments; clips: an iterable of (clip, target, pictures).
     actors: see `group_tubes`. frames: {"number", "seconds": lists over all frames, "size": [height,
     width], "best": the best score of a box, "shortest": frames below which a tube is dropped, at
     most half of the video}. ValueError where there is no frame.
@@ -103,7 +111,7 @@ def find_actors(look, clips, config, min_score):
     frames = {"number": [], "seconds": [], "size": None, "best": 0.0}
     parts = []
     for clip, target, _ in bar(clips, "finding tubes", unit="clip"):
-        part, _ = look(clip, target)
+        part, _ = detect(detector, clip, target)
         for t in frame_slots(target):
             frames["number"].append(int(target["frame_ids"][t]))
             frames["seconds"].append(target["times"][t])
@@ -114,8 +122,8 @@ def find_actors(look, clips, config, min_score):
     if not frames["number"]:
         raise ValueError("no frames to draw on: the video is empty")
     frames["shortest"] = 1                      # key frames are a second apart
-    if not config.key_frame:
-        frames["shortest"] = min(shortest_tube(config), max(1, len(frames["number"]) // 2))
+    if not detector.config.key_frame:
+        frames["shortest"] = min(shortest_tube(detector.config), max(1, len(frames["number"]) // 2))
     found = {name: np.concatenate([part[name] for part in parts]) for name in ROWS}
     tubes = link_tubes(found, min_score=min_score, min_length=frames["shortest"])
     return group_tubes(tubes), frames
@@ -151,8 +159,9 @@ def group_tubes(tubes):
 
 
 def same_place(tube, other):
-    """Whether two tubes have a mean IoU of at least 0.5 over the frames they share, and share some.
-    """
+    """Whether two tubes have a mean IoU of at least 0.5 over the frames they share, if any."""
+    if tube["frames"][-1] < other["frames"][0] or other["frames"][-1] < tube["frames"][0]:
+        return False
     _, i, j = np.intersect1d(tube["frames"], other["frames"], return_indices=True)
     return len(i) > 0 and box_iou(tube["boxes"][i], other["boxes"][j]).mean() >= 0.5
 
@@ -193,13 +202,13 @@ class Frame:
     maps: list              # for each panel: (title, maps (N, H', W'), N lists of lines)
 
 
-def frames_to_draw(look, clips, actors, names, classes, heads, top):
+def frames_to_draw(detector, clips, actors, names, classes, heads, top):
     """Yields a `Frame` for each frame of the clips: the actors, with the `top` best classes, and
     the attention of `classes` (ids), or of each actor's best class where they are none. heads:
     "all" or "content", None for no attention."""
     for clip, target, pictures in clips:
         if heads:
-            part, attention = look(clip, target, heads)
+            part, attention = detect(detector, clip, target, heads)
         height, width = target["size"].tolist()
         for row, t in enumerate(frame_slots(target)):
             number = int(target["frame_ids"][t])
@@ -803,14 +812,13 @@ def actor_record(number, actor, seconds, names):
 
 # ---- the command ----
 
-def show(look, model, clips, video, rate, config, device, out, names, classes, args):
+def show(detector, clips, video, rate, out, names, classes, args):
     """Finds the tubes of a video or clip and writes what the top of this file says to `out`.
 
-    look: `run` but for its last three arguments; clips(seen): the clips, anew each time; classes:
-    ids of those whose attention is drawn; args: the command line's. Raises ValueError and OSError
-    where the clips cannot be read.
+    clips(seen): the clips, anew each time; classes: ids of those whose attention is drawn; args:
+    the command line's. Raises ValueError and OSError where the clips cannot be read.
     """
-    actors, frames = find_actors(look, clips(True), config, args.min_score)
+    actors, frames = find_actors(detector, clips(True), args.min_score)
     name, out = video.replace("/", "_"), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}.mp4", out / f"{name}.png"]
@@ -818,7 +826,7 @@ def show(look, model, clips, video, rate, config, device, out, names, classes, a
     on_sheet = np.linspace(0, count - 1, SHEET_FRAMES).astype(int).tolist()
 
     def pictures():
-        to_draw = frames_to_draw(look, clips(args.maps), actors, drawable(names), classes,
+        to_draw = frames_to_draw(detector, clips(args.maps), actors, drawable(names), classes,
                                  args.heads if args.maps else None, args.top)
         for number, frame in enumerate(bar(to_draw, "drawing", total=count, unit="frame")):
             if number in on_sheet:
@@ -829,9 +837,9 @@ def show(look, model, clips, video, rate, config, device, out, names, classes, a
     save_picture(paths[1], in_pairs(sheet))
     if args.look_from:
         clip, place = next(clips(True))[0], (0.5, args.look_from[1], args.look_from[0])
-        points = sampling_points(model, clip, place, device)
-        paths.append(out / f"{name}-points.png")
+        points = sampling_points(detector.model, clip, place, detector.device)
         seen = clip.permute(1, 2, 3, 0).numpy()                              # (T, H, W, 3)
+        paths.append(out / f"{name}-points.png")
         save_picture(paths[-1], draw_points(seen, *points, place, args.width))
     head = {"video": video, "rate": round(rate, 3), "size": frames["size"], "classes": names,
             "options": remembered(args)}
@@ -893,7 +901,7 @@ def find_videos(sources, out):
     return videos
 
 
-def show_videos(look, model, config, device, rank, names, classes, args):
+def show_videos(detector, rank, names, classes, args):
     """`show` for the files of --video, each in a folder of its own where there are several. The
     ranks share them; those that are done are left out. Returns the messages of those that cannot be
     read; where there is one file alone, that is raised."""
@@ -909,9 +917,9 @@ def show_videos(look, model, config, device, rank, names, classes, args):
             continue
         try:
             rate = video_rate(path)
-            clips = partial(video_clips, path, config, rate)
-            show(look, model, clips, path.stem, 1 if config.key_frame else rate, config, device,
-                 out, names, classes, args)
+            clips = partial(video_clips, path, detector.config, rate)
+            drawn_rate = 1 if detector.config.key_frame else rate
+            show(detector, clips, path.stem, drawn_rate, out, names, classes, args)
         except (OSError, ValueError) as error:
             if not several:
                 raise
@@ -983,8 +991,9 @@ def chosen_classes(texts, names):
     return chosen
 
 
-def show_clips(look, model, dataset, config, device, names, classes, args):
+def show_clips(detector, dataset, classes, args):
     """`show` for a clip or a whole video of a data set."""
+    config = detector.config
     if args.video_name:
         if args.video_name not in dataset.videos:
             raise ValueError(f"no video {args.video_name!r} among the {len(dataset.videos)} of "
@@ -999,8 +1008,9 @@ def show_clips(look, model, dataset, config, device, names, classes, args):
     usual = 25 if config.frames >= 30 or config.key_frame else 4
     rate = args.rate or (1 if dataset.name == "ava" else usual)
     out = args.out or Path("out") / video.replace("/", "_")
-    show(look, model, lambda seen: dataset_clips(dataset, indices, rate), video, rate, config,
-         device, out, names, classes, args)
+    names = list(dataset.class_names)
+    show(detector, lambda seen: dataset_clips(dataset, indices, rate), video, rate, out, names,
+         classes, args)
 
 
 def draw_all(args, device, rank, precision):
@@ -1012,13 +1022,13 @@ def draw_all(args, device, rank, precision):
                          "split_heads)")
     if rank == 0:
         print(f"{args.ckpt} is {checkpoint['kind']}")
-    look = partial(run, model, config, device, precision)
+    detector = Detector(model, config, device, precision)
     if args.video:
         if checkpoint["dataset"] == "synthetic" and rank == 0:
             print(f"{args.ckpt} knows the drawn figures of the synthetic set, and no real video")
         names = class_names(checkpoint, config)
         classes = chosen_classes(args.classes, names)
-        failed = show_videos(look, model, config, device, rank, names, classes, args)
+        failed = show_videos(detector, rank, names, classes, args)
         if failed and "WORLD_SIZE" not in os.environ:   # torchrun would end the other processes
             said = "\n".join(failed)
             raise ValueError(f"{counted(len(failed), 'video')} could not be read:\n{said}")
@@ -1031,9 +1041,7 @@ def draw_all(args, device, rank, precision):
         if attention_sheet(model, dataset, config, args.figure, device, clips=1):
             print(f"wrote {args.figure}")
         return
-    names = list(dataset.class_names)
-    show_clips(look, model, dataset, config, device, names, chosen_classes(args.classes, names),
-               args)
+    show_clips(detector, dataset, chosen_classes(args.classes, dataset.class_names), args)
 
 
 def main(argv=None):

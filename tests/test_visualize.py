@@ -5,7 +5,6 @@ import json
 import re
 from dataclasses import asdict, replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ CONFIG = replace(PRESETS["synthetic"], num_classes=3, num_queries=4)    # clips 
 NAMES = ["run", "sit", "wave"]
 CELLS = (5, 7)                                                          # H', W' of the stand-in
 BAND = 22                                                               # pixels of a caption
-CPU = torch.device("cpu")
 
 
 class LooksAt(nn.Module):
@@ -66,10 +64,10 @@ def clip_of(frames=8, first=1, size=(60, 80)):
 
 def drawn(clips, model=None, **options):
     """(actors, frames, pictures) of clips by a stand-in, each picture as draw_frame makes it."""
-    look = partial(visualize.run, model or LooksAt(), CONFIG, CPU, None)
-    actors, frames = visualize.find_actors(look, clips, CONFIG, 0.3)
+    detector = visualize.Detector(model or LooksAt(), CONFIG, torch.device("cpu"))
+    actors, frames = visualize.find_actors(detector, clips, 0.3)
     options = {"names": NAMES, "classes": [], "heads": "all", "top": 3} | options
-    to_draw = visualize.frames_to_draw(look, clips, actors, **options)
+    to_draw = visualize.frames_to_draw(detector, clips, actors, **options)
     return actors, frames, [visualize.draw_frame(frame, 1920) for frame in to_draw]
 
 
@@ -145,14 +143,15 @@ def test_nothing_goes_to_numpy_before_it_is_on_the_cpu_and_float32():
     assert seen["maps"].dtype == seen["scores"].dtype == np.float32
 
 
-def test_content_heads_are_those_of_split_heads(monkeypatch):
+def test_content_heads_are_those_of_split_heads():
     clip, target, _ = clip_of(size=(64, 96))
     config = replace(CONFIG, quirks=("split_heads",))
     model = VideoActionDetector(config).eval()
     with torch.no_grad():
         heads = model(clip[None], return_attention="heads")["attention"][0].numpy()
-    content = visualize.run(model, config, CPU, None, clip, target, "content")[1]
-    every = visualize.run(model, config, CPU, None, clip, target, "all")[1]
+    detector = visualize.Detector(model, config, torch.device("cpu"))
+    content = visualize.detect(detector, clip, target, "content")[1]
+    every = visualize.detect(detector, clip, target, "all")[1]
     half = config.num_heads // 2
     np.testing.assert_allclose(content, heads[:, :, :, :half].mean(3), atol=1e-6)
     np.testing.assert_allclose(every, heads.mean(3), atol=1e-6)

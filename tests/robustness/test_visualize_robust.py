@@ -116,7 +116,7 @@ def test_a_signal_ends_a_folder_of_videos_and_is_no_broken_video(tmp_path, comma
         write_video(tmp_path / "in" / f"{name}.mp4", 3)
     met = []
 
-    def show(look, model, clips, video, *rest):
+    def show(detector, clips, video, *rest):
         met.append(video)
         sys.exit(143)
     monkeypatch.setattr(visualize, "show", show)
