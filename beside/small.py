@@ -1,0 +1,126 @@
+"""What a small model without a great pre-training needs, in one place: the synthetic preset's
+positions and start.
+
+Found by trials on the synthetic set, not in the paper. `Config.positions = "small"` is
+architecture:
+    - positions of 2 down to .1 cycles an image, counted at cell centres: small maps cannot use
+    finer ones;
+    - they are added to the maps as well: the convolutional stem knows no places;
+    - the keys' positions are of space alone, laid out as the anchors' are;
+    - actor embeddings are learned (the paper's start at zero and stay there).
+`Config.initialisation = "small"` is where training starts: an actor and each of its classes first
+look at and around the actor's own box.
+"""
+
+# A actors, C classes, T frames, D channels, M heads
+
+import math
+
+import torch
+from torch import nn
+
+from encoder import DeformableEncoder, PositionTable
+
+
+def frequencies(n):
+    """From 2 to 0.1 cycles an image for n channels, both of a pair alike."""
+    return torch.logspace(math.log10(2.0), math.log10(0.1), n // 2).repeat_interleave(2)
+
+
+def map_table(dim):
+    """Position table of the maps: a quarter of the D channels for t, three eighths each for h and
+    w."""
+    axes = [frequencies(n) for n in (dim // 4, 3 * dim // 8, 3 * dim // 8)]
+    return PositionTable(axes, first=0.5)
+
+
+def key_table(dim):
+    """Position table of the decoder's keys: half of the D channels each for h and w."""
+    return PositionTable([frequencies(n) for n in (0, dim // 2, dim // 2)], first=0.5)
+
+
+def actor_embedding(num_queries, dim):
+    """Learned actor embeddings (A, D). From zeros the first gradient is hundreds of times as
+    large."""
+    return nn.Parameter(0.5 * torch.randn(num_queries, dim))
+
+
+class PlacedEncoder(DeformableEncoder):
+    """The encoder on maps that positions are added to."""
+
+    def forward(self, maps, paddings, tables, steps=None):
+        placed = [x + table.movedim(-1, 1) for x, table in zip(maps, tables)]  # (B, D, T, H, W)
+        return super().forward(placed, paddings, tables, steps)
+
+
+# --------------------------------------------------------------------------------------------------
+# The start
+
+
+@torch.no_grad()
+def initialise_small(model):
+    """Called on a model that was initialised as the paper's is."""
+    decoder = model.decoder
+    if hasattr(decoder, "class_head"):
+        nn.init.constant_(decoder.class_head.bias, -2.0)
+    else:
+        nn.init.normal_(decoder.class_queries)
+        # With a weight of 1 the mean of a LayerNorm, the logit, would not depend on the features.
+        nn.init.normal_(decoder.class_norm.weight, std=3.0)
+        nn.init.constant_(decoder.class_norm.bias, -2.0)
+    if not hasattr(decoder, "anchors"):
+        return
+    boxes = anchors_around(decoder.num_queries)  # (A, 4)
+    anchors = torch.logit(boxes).repeat_interleave(decoder.num_frames, dim=0)  # row a * T + t
+    decoder.anchors.copy_(anchors)
+    # P starts as the plain embedding of the anchor in every layer.
+    start_constant(decoder.size_modulation, boxes[0, 2:].logit())
+    if hasattr(decoder, "query_scale"):
+        start_constant(decoder.query_scale, torch.ones(()))
+    for layer in decoder.localizing:
+        for projection in (layer.cross_query_position, layer.cross_key_position):
+            projection.weight.copy_(by_place(layer.num_heads, projection.in_features).flatten(0, 1))
+            nn.init.zeros_(projection.bias)
+    for layer in getattr(decoder, "classifying", ()):
+        look_at_the_actor(layer)
+
+
+def anchors_around(num_queries):
+    """One box in the middle, the others around it, (A, 4), of a figure's size."""
+    angle = 2 * torch.pi * (torch.arange(num_queries - 1) + 0.5) / max(1, num_queries - 1)
+    ring = torch.stack([0.5 + 0.45 * angle.cos(), 0.5 + 0.28 * angle.sin()], dim=-1)
+    centres = torch.cat([torch.full((1, 2), 0.5), ring])  # (A, 2)
+    size = torch.tensor([0.2, 0.48]).expand(len(centres), 2)
+    return torch.cat([centres, size], dim=-1)
+
+
+def start_constant(mlp, bias):
+    """An MLP whose output starts as `bias`, whatever its input."""
+    nn.init.zeros_(mlp.layers[-1].weight)
+    mlp.layers[-1].bias.copy_(bias)
+
+
+def by_place(num_heads, dim):
+    """Projection of a position of D/2 channels each for y and x, (M, D/M, D), by which a query
+    finds its own place: each head has some sine-cosine pairs of both axes, twice as strong in the
+    first (a narrow look) as in the last (a wide one)."""
+    pairs = torch.arange(dim).view(2, -1, num_heads, 2)  # (axis, pair of a head, M, 2)
+    order = pairs.permute(2, 0, 1, 3).flatten(1)  # (M, D/M)
+    return torch.eye(dim)[order] * torch.linspace(2, 1, num_heads)[:, None, None]
+
+
+def look_at_the_actor(layer):
+    """Half of each head of a classifying layer content, half position: every class first looks at
+    its actor."""
+    dim, heads = layer.output.in_features, layer.num_heads
+    if hasattr(layer, "query_position"):  # quirk split_heads: keys are positions as they are
+        strength = torch.linspace(2, 1, heads).repeat_interleave(dim // heads)  # (D,)
+        layer.query_position.weight.copy_(torch.diag(strength))
+    if not hasattr(layer, "query") or layer.query.in_features == dim:  # no positions in Eq. 1
+        return
+    place = by_place(heads, dim)  # (M, D/M, D)
+    for weight in (layer.query.weight, layer.key.weight):
+        content = nn.init.xavier_uniform_(torch.empty(dim, dim)).view(heads, -1, dim)  # (M, D/M, D)
+        of_content = torch.cat([content, torch.zeros_like(place)], -1)  # (M, D/M, 2D)
+        of_place = torch.cat([torch.zeros_like(content), place], -1)  # (M, D/M, 2D)
+        weight.copy_(torch.cat([of_content, of_place], 1).flatten(0, 1))  # (M * 2D/M, 2D)
