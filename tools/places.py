@@ -1,14 +1,16 @@
-"""When class queries pay (Sec. 3, Fig. 2): the decoder alone, on maps in which an actor's classes have K places.
+"""When class queries pay (Sec. 3, Fig. 2): the decoder alone, on maps where actors need K places.
 
-The synthetic set gives an actor one cause, and one look serves all of its labels. Here a map of 6 x 8 cells holds 2 actors
-and 10 things, each a sum of learned embeddings in a cell of its own. A thing has one of 10 colours, all different, and
-one of 3 kinds. An actor has K flags, each empty (.4) or of the colour of some thing, all of them in the actor's one
-cell. Class (k, s) is true of an actor whose k-th flag has the colour of a thing of kind s: K groups of classes, each told
-by a place of its own. The boxes are given, and the loss is the classes' binary cross entropy on both layers.
+The synthetic set gives an actor one cause, and one look serves all of its labels. Here a map of
+6 x 8 cells holds 2 actors and 10 things in cells of their own, each a sum of learned embeddings.
+A thing has one of 10 colours, all different, and one of 3 kinds. An actor carries K flags, each
+empty (.4) or of some thing's colour, all in the actor's one cell. Class (k, s): the k-th flag has
+the colour of a thing of kind s. So an actor has K groups of classes, each told by another place.
+Boxes are given; the loss is the binary cross entropy of the classes, on both layers.
 
-Decoders: those of Table 1, class queries without P (Table 3), and with two quirks of the released model. Each is trained on
-the same scenes for the same number of steps, and those with one map an actor once more for the time of the full decoder.
-A run that is done is a line of `runs.jsonl` in the folder; `report` makes the table and the figure of them.
+Decoders: Table 1's, class queries without P (Table 3), and with two quirks of the released model.
+All see the same scenes, the same number of steps; those with one map an actor once more, for as
+long as the full decoder took. A run that is done is a line of OUT/runs.jsonl: end the command when
+you like and repeat it. `report` makes the tables and the figure of these lines.
 
     python -m tools.experiments --places --seeds 0
 """
@@ -16,28 +18,30 @@ A run that is done is a line of `runs.jsonl` in the folder; `report` makes the t
 
 import json
 import math
-import os
-import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from time import process_time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
 from model import PRESETS, VideoActionDetector
 
 HEIGHT, WIDTH = 6, 8
-ACTORS, THINGS, KINDS, EMPTY = 2, 10, 3, 0.4        # THINGS colours, one of each
-ACTOR_SIZE = (0.2, 0.48)                            # w, h that the small start expects of an actor
-NUM_PLACES = (1, 2, 4, 6, 8)                        # K
+ACTORS, THINGS, KINDS = 2, 10, 3
+EMPTY = 0.4
+ACTOR_SIZE = (0.2, 0.48)    # w, h of the anchors, those that the small start expects
+NUM_PLACES = (1, 2, 4, 6, 8)
 TEST_SCENES, TEST_SEED = 1024, 1_000_000
 BATCH, STEPS, RATE = 64, 600, 1e-3
 FULL = "LDL + CDL"
-DECODERS = {                                        # what differs from the synthetic preset
+DECODERS = {                # what differs from the synthetic preset
     "DETR": {"decoder": "detr"},
     "LDL": {"decoder": "ldl"},
     FULL: {},
@@ -45,205 +49,240 @@ DECODERS = {                                        # what differs from the synt
     "LDL + CDL as released": {"quirks": ("split_heads", "bare_output")},
 }
 ONE_MAP = ("DETR", "LDL")
+MARK = "<!-- What follows is written by tools/places.py. -->"
 
 
 def draw_scenes(count, num_places, generator):
-    """`count` scenes: cells (B, A + J) of the actors and things, kinds (B, J), flags (B, A, K) the thing of the flag's colour
-    or J for none, labels (B, A, K * S). Thing j has colour j: cells and kinds are random, so that nothing is lost by it."""
-    cells = torch.rand(count, HEIGHT * WIDTH, generator=generator).argsort(1)[:, :ACTORS + THINGS]
+    """cells (B, A + J) of actors and things; kinds (B, J); flags (B, A, K): the thing of the flag's
+    colour, or J for none; labels (B, A, C). Thing j has colour j: its cell and kind are random, so
+    this takes nothing away."""
+    cells = torch.rand(count, HEIGHT * WIDTH, generator=generator).argsort(1)
     kinds = torch.randint(KINDS, (count, THINGS), generator=generator)
     flags = torch.randint(THINGS, (count, ACTORS, num_places), generator=generator)
     flags[torch.rand(flags.shape, generator=generator) < EMPTY] = THINGS
-    with_none = F.pad(kinds, (0, 1), value=KINDS)                                           # (B, J + 1)
-    shown = with_none.gather(1, flags.flatten(1)).view_as(flags)                            # (B, A, K)
-    labels = F.one_hot(shown, KINDS + 1)[..., :KINDS].flatten(2).float()                    # (B, A, K * S)
-    return {"cells": cells, "kinds": kinds, "flags": flags, "labels": labels}
+    kinds_or_none = F.pad(kinds, (0, 1), value=KINDS)  # (B, J + 1)
+    shown = kinds_or_none.gather(1, flags.flatten(1)).view_as(flags)  # (B, A, K)
+    labels = F.one_hot(shown, KINDS + 1)[..., :KINDS]  # (B, A, K, S)
+    return {"cells": cells[:, :ACTORS + THINGS], "kinds": kinds, "flags": flags,
+            "labels": labels.flatten(2).float()}
+
+
+def make_decoder(name, num_places):
+    """The synthetic preset's decoder for one map, as it starts, and the cells' positions (N, D)."""
+    sizes = {"num_queries": ACTORS, "num_classes": num_places * KINDS, "num_levels": 1}
+    model = VideoActionDetector(replace(PRESETS["synthetic"], **sizes, **DECODERS[name]))
+    position = model.key_table(torch.zeros(1, 1, HEIGHT, WIDTH, dtype=torch.bool))
+    return model.decoder, position.flatten(0, 3)  # (1, 1, H, W, D) -> (N, D)
 
 
 class PlantedMaps(nn.Module):
-    """A decoder, and the embeddings of what stands in its maps. Scenes -> its predictions and attention maps."""
+    """A decoder, and the embeddings that its maps are made of: scenes -> what `Decoder` returns."""
 
     def __init__(self, decoder_name, num_places):
         super().__init__()
         self.decoder, position = make_decoder(decoder_name, num_places)
-        self.register_buffer("position", position)                                          # (N, D)
+        self.register_buffer("position", position)
         dim = position.shape[1]
         self.actor = nn.Parameter(torch.randn(dim))
         self.colour = nn.Parameter(torch.randn(THINGS, dim))
         self.kind = nn.Parameter(torch.randn(KINDS, dim))
-        self.flag = nn.Parameter(torch.randn(num_places, THINGS + 1, dim) / math.sqrt(num_places))
-        self.actor_embed = nn.Parameter(0.5 * torch.randn(ACTORS, dim))
+        flags = torch.randn(num_places, THINGS + 1, dim) / math.sqrt(num_places)
+        self.flag = nn.Parameter(flags)
+        self.actor_embed = nn.Parameter(0.5 * torch.randn(ACTORS, dim))  # as the small model's
 
     def forward(self, scenes, return_attention=False):
-        cells, flags = scenes["cells"], scenes["flags"]
-        places = torch.arange(flags.shape[2])
-        actors = self.actor + self.flag[places, flags].sum(2)                               # (B, A, D)
-        things = self.colour + self.kind[scenes["kinds"]]                                   # (B, J, D)
-        found = torch.cat([actors, things], 1)                                              # (B, A + J, D)
-        maps = self.position.repeat(len(cells), 1, 1)                                       # (B, N, D)
-        maps = maps.scatter_add(1, cells[..., None].expand_as(found), found)
-        maps = maps.unflatten(1, (HEIGHT, WIDTH))[:, None]                                  # (B, 1, H, W, D)
-        keys = self.position.unflatten(0, (HEIGHT, WIDTH)).expand(len(cells), -1, -1, -1)   # (B, H, W, D)
-        padding = torch.zeros(keys.shape[:3], dtype=torch.bool)
-        anchors = self.anchors(cells[:, :ACTORS])
-        actor_embed = self.actor_embed.expand(len(cells), -1, -1)                           # (B, A, D)
-        return self.decoder(maps, keys, padding, anchors, actor_embed, return_attention=return_attention)
+        count = len(scenes["cells"])
+        maps = self.maps(scenes).unflatten(1, (1, HEIGHT, WIDTH))  # (B, 1, H, W, D)
+        key_pos = self.position.unflatten(0, (HEIGHT, WIDTH)).expand(count, -1, -1, -1)
+        padding = torch.zeros(count, HEIGHT, WIDTH, dtype=torch.bool)
+        anchors = self.anchors(scenes["cells"][:, :ACTORS])
+        actors = self.actor_embed.expand(count, -1, -1)  # (B, A, D)
+        return self.decoder(maps, key_pos, padding, anchors, actors,
+                            return_attention=return_attention)
+
+    def maps(self, scenes):
+        """(B, N, D): the cells' positions, and in the cells of actors and things what they are."""
+        places = torch.arange(scenes["flags"].shape[2])
+        actors = self.actor + self.flag[places, scenes["flags"]].sum(2)  # (B, A, K, D) -> (B, A, D)
+        things = self.colour + self.kind[scenes["kinds"]]  # (B, J, D)
+        found = torch.cat([actors, things], 1)  # (B, A + J, D)
+        maps = self.position.repeat(len(found), 1, 1)
+        return maps.scatter_add(1, scenes["cells"][..., None].expand_as(found), found)
 
     def anchors(self, cells):
-        """What tells the decoder where the actors are: boxes (B, A, 4); for DETR's the positions of their cells (B, A, D)."""
-        if hasattr(self.decoder, "query_positions"):
+        """Where the actors' cells (B, A) are: boxes (B, A, 4); for DETR's decoder, which has none,
+        positions (B, A, D)."""
+        if not hasattr(self.decoder, "anchors"):
             return self.position[cells]
-        middle = torch.stack([(cells % WIDTH + 0.5) / WIDTH, (cells // WIDTH + 0.5) / HEIGHT], -1)     # (B, A, 2)
-        return torch.cat([middle, torch.tensor(ACTOR_SIZE).expand_as(middle)], -1)
+        x, y = (cells % WIDTH + 0.5) / WIDTH, (cells // WIDTH + 0.5) / HEIGHT  # (B, A)
+        size = torch.tensor(ACTOR_SIZE).expand(*cells.shape, 2)
+        return torch.cat([x[..., None], y[..., None], size], -1)
 
 
-def make_decoder(name, num_places):
-    """The synthetic preset's decoder with its own start, for one map, and the positions of the map's cells (N, D)."""
-    config = replace(PRESETS["synthetic"], num_queries=ACTORS, num_classes=num_places * KINDS, num_levels=1, **DECODERS[name])
-    model = VideoActionDetector(config)
-    _, keys = model.tables([torch.zeros(1, 1, HEIGHT, WIDTH, dtype=torch.bool)])            # (1, 1, H, W, D)
-    return model.decoder, keys.flatten(0, 3)
+# --------------------------------------------------------------------------------------------------
+# A run
 
 
-def class_loss(predictions, labels):
-    """Binary cross entropy, the sum over both layers."""
-    return sum(F.binary_cross_entropy_with_logits(layer["pred_logits"], labels) for layer in predictions)
-
-
-@torch.no_grad()
-def examine(model, scenes):
-    """(mAP, share): the mean over classes of the average precision on scenes, and the share of a true label's attention
-    that lies on its cause, the thing of its flag's colour, in the last layer, mean over heads, actors and labels."""
-    model.eval()
-    probabilities, shares = [], []
-    for start in range(0, len(scenes["cells"]), BATCH):
-        part = {name: value[start:start + BATCH] for name, value in scenes.items()}
-        predictions, maps = model(part, return_attention=True)                              # maps (B, A, C, H, W)
-        probabilities.append(predictions[-1]["pred_logits"].sigmoid())
-        true = part["labels"].bool()                                                        # (B, A, C)
-        cells = cause_cells(part).repeat_interleave(KINDS, 2)                               # (B, A, C)
-        shares.append(maps.flatten(3).gather(3, cells[..., None])[..., 0][true])
-    model.train()
-    return mean_precision(torch.cat(probabilities), scenes["labels"]), float(torch.cat(shares).mean())
-
-
-def cause_cells(scenes):
-    """The cell of the thing that each flag names, (B, A, K); the first actor's where there is none."""
-    of_things = torch.cat([scenes["cells"][:, ACTORS:], scenes["cells"][:, :1]], 1)         # (B, J + 1)
-    return of_things.gather(1, scenes["flags"].flatten(1)).view_as(scenes["flags"])
-
-
-def mean_precision(scores, labels):
-    """Scores and labels (B, A, C) -> the mean over classes of the precision at each true one, by descending score."""
-    scores, labels = scores.flatten(0, 1).numpy(), labels.flatten(0, 1).numpy()             # (B * A, C)
-    precisions = []
-    for score, label in zip(scores.T, labels.T):
-        ranked = label[np.argsort(-score, kind="stable")]
-        ranks = np.flatnonzero(ranked) + 1
-        precisions.append((np.arange(1, len(ranks) + 1) / ranks).mean())
-    return float(np.mean(precisions))
-
-
-def without_looking(scenes):
-    """(mAP, loss) of one who sees the flags, and how many things are of each kind, but not where: the plateau."""
-    count = F.one_hot(scenes["kinds"], KINDS).float().mean(1)                               # (B, S)
-    known = (scenes["flags"] < THINGS)[..., None] * count[:, None, None]                    # (B, A, K, S)
-    known = known.flatten(2)
-    return mean_precision(known, scenes["labels"]), float(F.binary_cross_entropy(known, scenes["labels"]))
+def class_loss(prediction, labels):
+    return F.binary_cross_entropy_with_logits(prediction["pred_logits"], labels)
 
 
 def learn(decoder_name, num_places, seed, steps):
-    """One run -> what is written of it: a line of runs.jsonl as a dict. One thread; seconds are the processor's."""
+    """One run, on one thread -> what runs.jsonl says of it. Seconds are the processor's."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = PlantedMaps(decoder_name, num_places)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
-    losses, begun = [], time.process_time()
+    losses, begun = [], process_time()
     for step in range(steps):
         if step == steps - steps // 10:
             optimizer.param_groups[0]["lr"] = RATE / 10
         scenes = draw_scenes(BATCH, num_places, generator)
         predictions, _ = model(scenes)
-        losses.append(class_loss(predictions[-1:], scenes["labels"]))
-        loss = losses[-1] + class_loss(predictions[:-1], scenes["labels"])
+        of_layers = [class_loss(prediction, scenes["labels"]) for prediction in predictions]
         optimizer.zero_grad()
-        loss.backward()
+        sum(of_layers).backward()
         optimizer.step()
-        losses[-1] = losses[-1].item()
-    seconds = time.process_time() - begun
-    testing = draw_scenes(TEST_SCENES, num_places, torch.Generator().manual_seed(TEST_SEED))
-    mean, share = examine(model, testing)
-    return {"decoder": decoder_name, "places": num_places, "seed": seed, "steps": steps, "mAP": mean, "share": share,
-            "left": leaves(losses, without_looking(testing)[1]), "seconds": seconds}
+        losses.append(of_layers[-1].item())
+    seconds = process_time() - begun
+    generator.manual_seed(TEST_SEED)
+    testing = draw_scenes(TEST_SCENES, num_places, generator)
+    precision, share = examine(model, testing)
+    return {"decoder": decoder_name, "places": num_places, "seed": seed, "steps": steps,
+            "mAP": precision, "share": share, "left": leaves(losses, without_looking(testing)[1]),
+            "seconds": seconds}
+
+
+@torch.no_grad()
+def examine(model, scenes):
+    """mAP on scenes, and the share of the attention of true labels that lies on their cause, the
+    thing of their flag's colour: the last layer's, mean over heads, actors and labels."""
+    model.eval()
+    scores, shares = [], []
+    for start in range(0, len(scenes["cells"]), BATCH):
+        part = {name: value[start:start + BATCH] for name, value in scenes.items()}
+        predictions, attention = model(part, return_attention=True)  # attention (B, A, C, H, W)
+        scores.append(predictions[-1]["pred_logits"])
+        cells = cause_cells(part).repeat_interleave(KINDS, 2)  # (B, A, K) -> (B, A, C)
+        on_cause = attention.flatten(3).gather(3, cells[..., None])[..., 0]  # (B, A, C)
+        shares.append(on_cause[part["labels"] == 1])
+    model.train()
+    return mean_precision(torch.cat(scores), scenes["labels"]), float(torch.cat(shares).mean())
+
+
+def cause_cells(scenes):
+    """The cell of the thing that each flag names, (B, A, K); any cell for an empty one."""
+    of_things = F.pad(scenes["cells"][:, ACTORS:], (0, 1))  # (B, J + 1)
+    return of_things.gather(1, scenes["flags"].flatten(1)).view_as(scenes["flags"])
+
+
+def mean_precision(scores, labels):
+    """Average precision of each class, its mean: scores and labels (B, A, C), any monotone
+    scores."""
+    scores, labels = scores.flatten(0, 1).numpy(), labels.flatten(0, 1).numpy()  # (B * A, C)
+    precisions = []
+    for score, label in zip(scores.T, labels.T):
+        ranked = label[np.argsort(-score, kind="stable")]
+        ranks = np.flatnonzero(ranked) + 1
+        precisions.append(np.mean(np.arange(1, len(ranks) + 1) / ranks))
+    return float(np.mean(precisions))
+
+
+def without_looking(scenes):
+    """mAP and loss of one who knows which flags are up and how many things are of each kind, but
+    not which: what can be had without finding a place, the plateau."""
+    kinds = F.one_hot(scenes["kinds"], KINDS).float().mean(1)  # (B, S)
+    up = (scenes["flags"] < THINGS).float()  # (B, A, K)
+    known = torch.einsum("bak,bs->baks", up, kinds).flatten(2)  # (B, A, C)
+    loss = F.binary_cross_entropy(known, scenes["labels"])
+    return mean_precision(known, scenes["labels"]), float(loss)
 
 
 def leaves(losses, plateau, width=25):
-    """The step from which the mean of `width` losses stays below .95 of the plateau; None if the last is not."""
+    """The step after which no mean of `width` losses is above .95 of the plateau, or None."""
     means = np.convolve(losses, np.ones(width) / width, "valid")
-    above = np.flatnonzero(means >= 0.95 * plateau)
-    last = above[-1] + 1 if len(above) else 0
-    return None if last == len(means) else int(last) + width
+    above = np.flatnonzero(means > 0.95 * plateau)
+    if len(above) and above[-1] == len(means) - 1:
+        return None
+    return int(above[-1]) + width if len(above) else width
+
+
+# --------------------------------------------------------------------------------------------------
+# All runs
 
 
 def read_runs(out):
-    """The runs that are done: {(decoder, places, seed, kind): line}; kind "steps", or "time" for as long as the full one."""
-    path = Path(out) / "runs.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    runs = [json.loads(line) for line in lines]
-    return {(run["decoder"], run["places"], run["seed"], run["kind"]): run for run in runs}
+    """{(decoder, places, seed, kind): a line of runs.jsonl}; kind "steps", or "time" for a run of
+    the full decoder's time."""
+    path, runs = Path(out) / "runs.jsonl", {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        run = json.loads(line)
+        runs[run["decoder"], run["places"], run["seed"], run["kind"]] = run
+    return runs
 
 
-def missing(runs, seeds, kind):
-    """What is left to run: [(decoder, places, seed, steps)]. Runs of the same time need those of the same steps."""
+def missing(runs, seed, kind):
+    """The arguments of `learn` for each run of a seed that is not done."""
     jobs = []
-    for seed in seeds:
-        for places in NUM_PLACES:
-            for decoder in DECODERS if kind == "steps" else ONE_MAP:
-                if (decoder, places, seed, kind) in runs:
-                    continue
-                steps = STEPS
-                if kind == "time":
-                    full, own = (runs[name, places, seed, "steps"]["seconds"] for name in (FULL, decoder))
-                    steps = round(STEPS * full / own)
-                jobs.append((decoder, places, seed, steps))
+    for places in NUM_PLACES:
+        for decoder in DECODERS if kind == "steps" else ONE_MAP:
+            if (decoder, places, seed, kind) in runs:
+                continue
+            steps = STEPS
+            if kind == "time":
+                full, own = (runs[name, places, seed, "steps"] for name in (FULL, decoder))
+                steps = round(STEPS * full["seconds"] / own["seconds"])
+            jobs.append((decoder, places, seed, steps))
     return jobs
 
 
 def run_all(out, seeds, processes):
-    """All runs of some seeds that are not done yet, each in one of so many processes, one seed after another."""
+    """All runs of the seeds that are not done, one seed after another, some runs side by side."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         for kind in ("steps", "time"):
-            jobs = missing(read_runs(out), [seed], kind)
-            with get_context("spawn").Pool(processes) as pool, open(out / "runs.jsonl", "a") as file:
-                ended = pool.imap_unordered(learn_job, jobs)
-                for run in tqdm(ended, f"places, seed {seed}, same {kind}", total=len(jobs)):
-                    file.write(json.dumps({**run, "kind": kind}) + "\n")
-                    file.flush()
+            jobs = missing(read_runs(out), seed, kind)
+            with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+                futures = [pool.submit(learn, *job) for job in jobs]
+                bar = tqdm(as_completed(futures), f"seed {seed}, same {kind}", total=len(jobs))
+                for future in bar:
+                    line = json.dumps({**future.result(), "kind": kind})
+                    with open(out / "runs.jsonl", "a") as file:
+                        file.write(line + "\n")
 
 
-def learn_job(job):
-    return learn(*job)
+# --------------------------------------------------------------------------------------------------
+# What they say
 
 
 def report(out, page, figure):
-    """Writes the tables of all runs behind the mark in a page, what stands above it stays, and the figure."""
+    """Writes the tables behind the mark in a page, what stands above it stays, and the figure."""
     runs = read_runs(out)
     if not runs:
-        raise SystemExit(f"{out}/runs.jsonl holds no run: {page} stays")
-    rows = [(decoder, kind) for kind in ("steps", "time") for decoder in DECODERS
-            if any(run[0] == decoder and run[3] == kind for run in runs)]
-    seeds = sorted({seed for _, _, seed, _ in runs})
-    lines = []
-    for value, title in (("mAP", "mAP on fresh scenes"), ("share", "Share of a true label's attention on its cause"),
-                         ("left", "Step at which the loss leaves its plateau"), ("seconds", "Seconds of processor time")):
+        raise SystemExit(f"{out}/runs.jsonl holds no run: {page} stays as it is")
+    seeds = sorted({run["seed"] for run in runs.values()})
+    done = {(run["decoder"], run["kind"]) for run in runs.values()}
+    rows = [(decoder, kind) for kind in ("steps", "time") for decoder in DECODERS]
+    rows = [row for row in rows if row in done]
+    lines = [MARK, "", f"In a cell: seeds {', '.join(map(str, seeds))}; – is a run not made."]
+    for title, write in (
+            ("mAP on fresh scenes", lambda run: f"{run['mAP']:.3f}"),
+            ("share of true labels' attention on their cause", lambda run: f"{run['share']:.3f}"),
+            ("step at which the loss leaves the plateau", lambda run: str(run["left"] or "never")),
+            ("steps", lambda run: str(run["steps"])),
+            ("seconds of one core", lambda run: f"{run['seconds']:.0f}")):
         header = [title, *(f"K = {places}" for places in NUM_PLACES)]
-        lines += ["", *markdown(header, [[row_name(*row), *cells(runs, row, seeds, value)] for row in rows])]
-    lines += ["", f"Seeds {', '.join(map(str, seeds))} in a cell, in this order; – is a run that has not been made."]
-    text = page.read_text() if page.is_file() else MARK
-    page.write_text(text.partition(MARK)[0] + MARK + "\n" + "\n".join(lines) + "\n")
+        lines += ["", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+        for row in rows:
+            cells = [row_name(*row)]
+            for places in NUM_PLACES:
+                of_seeds = [runs.get((row[0], places, seed, row[1])) for seed in seeds]
+                cells.append(" ".join(write(run) if run else "–" for run in of_seeds))
+            lines.append("| " + " | ".join(cells) + " |")
+    text = page.read_text() if page.is_file() else ""
+    page.write_text(text.partition(MARK)[0] + "\n".join(lines) + "\n")
     draw_figure(runs, rows, figure)
     print(f"wrote {page} and {figure}")
 
@@ -252,45 +291,25 @@ def row_name(decoder, kind):
     return decoder if kind == "steps" else f"{decoder}, the time of {FULL}"
 
 
-def cells(runs, row, seeds, value):
-    """A table row's cells, one for each K: the value of each seed."""
-    written = []
-    for places in NUM_PLACES:
-        of_seeds = []
-        for seed in seeds:
-            run = runs.get((row[0], places, seed, row[1]))
-            if run is None:
-                of_seeds.append("–")
-            elif value == "left":
-                of_seeds.append("never" if run["left"] is None else str(run["left"]))
-            elif value == "seconds":
-                of_seeds.append(f"{run['seconds']:.0f}")
-            else:
-                of_seeds.append(f"{run[value]:.3f}".lstrip("0"))
-        written.append(" ".join(of_seeds))
-    return written
-
-
-def markdown(header, rows):
-    table = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(row) + " |" for row in table]
-
-
 def draw_figure(runs, rows, path):
-    """Two panels over K, mAP and the share on the cause: a line a decoder through the means over seeds, a dot a seed."""
-    from matplotlib.figure import Figure
-    figure = Figure((9, 3.4), layout="constrained")
+    """mAP and the share on the cause over K: a dot a run, a line through the means over seeds."""
+    figure = Figure((9.5, 3.4), layout="constrained")
     for panel, value in zip(figure.subplots(1, 2), ("mAP", "share")):
         for decoder, kind in rows:
-            points = [(run["places"], run[value]) for run in runs.values() if (run["decoder"], run["kind"]) == (decoder, kind)]
-            places = sorted({place for place, _ in points})
-            means = [np.mean([one for place, one in points if place == wanted]) for wanted in places]
-            colour = f"C{list(DECODERS).index(decoder)}"
-            panel.plot(places, means, colour, ls="-" if kind == "steps" else "--", label=row_name(decoder, kind))
-            panel.scatter(*zip(*points), 8, colour)
-        panel.set_xlabel("K, places that an actor's classes need")
+            points = {}
+            for run in runs.values():
+                if (run["decoder"], run["kind"]) == (decoder, kind):
+                    points.setdefault(run["places"], []).append(run[value])
+            colour, style = f"C{list(DECODERS).index(decoder)}", "-" if kind == "steps" else "--"
+            places = sorted(points)
+            means = [np.mean(points[number]) for number in places]
+            panel.plot(places, means, colour, ls=style, label=row_name(decoder, kind))
+            for number in places:
+                panel.scatter([number] * len(points[number]), points[number], 8, colour)
+        panel.set_xlabel("K: places that an actor's classes need")
         panel.set_xticks(NUM_PLACES)
-        panel.set_ylim(0, 1.02 if value == "mAP" else None)
-        panel.set_title({"mAP": "mAP", "share": "attention of true labels on their cause"}[value], fontsize=10)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    left, right = figure.axes
+    left.set_title("mAP", fontsize=10)
+    right.set_title("attention of true labels on their cause", fontsize=10)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=110)

@@ -1,16 +1,17 @@
-"""The synthetic backbone's schooling, in the place of Kinetics (Sec. 5.1): `python -m tools.pretrain`.
+"""The synthetic stem's schooling, in the place of Kinetics (Sec. 5.1): `python -m tools.pretrain`.
 
-The paper's backbones come pre-trained on action classification, and so does the synthetic preset's stem. It learns
-which classes of "own motion" and "detail" a figure shows, in a crop around it without others: multi-label binary cross entropy
-on a linear read-out of the maximum over space of each map's mean over time. The third group, "context", cannot be
-told from a crop and is no label here. The scenes are of another seed than those of training and validation.
+The paper's backbones come pre-trained on action classification, and so does the synthetic preset's
+stem. It learns which classes of "own motion" and "detail" a figure shows, from a crop around it
+with no other figure drawn: multi-label binary cross entropy, on a linear read-out of the maximum
+over space of each map's mean over time. The third group, "context", cannot be told from a crop and
+is no label here. The scenes are of another seed than those of training and validation.
 
-    python -m tools.pretrain                                              # writes weights/stem.safetensors
+    python -m tools.pretrain                    # weights/stem.safetensors, three minutes a core
     python -m tools.pretrain --shrink runs/NAME/best.pt weights/synthetic.pt
 
 --shrink keeps of a checkpoint what evaluating and drawing need, its floats in half precision.
 """
-# B crops, T frames, S pixels of a crop's side, N actors of a clip, C classes of the two groups
+# B crops, T frames, S pixels of a crop's side, C classes of the two groups
 
 import argparse
 import sys
@@ -29,12 +30,12 @@ from backbone import ConvStem, normalise, open_checkpoint
 from beside.synthetic import CLASS_GROUPS, HEIGHT, WIDTH, SyntheticDataset, draw
 from model import PRESETS
 
-FIRST_SEED = 100        # of the scenes, with --seed added; those of training and validation have seed 0
-CROP = 48               # pixels; a figure is 24 to 36 tall
 GROUPS = ("own motion", "detail")
+FIRST_SEED = 100    # of the scenes, --seed is added; training and validation have 0
+CROP = 48           # S; a figure is 24 to 36 pixels tall
 BATCH, RATE = 24, 3e-3
-HELD_OUT = 480          # crops of the "val" scenes of that seed, which say what was reached
-KEPT = ("model", "config", "settings", "dataset", "classes", "epoch", "metrics", "processes")    # what --shrink keeps
+HELD_OUT = 480      # crops of scenes that are not trained on
+KEPT = ("model", "config", "settings", "dataset", "classes", "epoch", "metrics", "processes")
 
 
 class Pupil(nn.Module):
@@ -46,13 +47,13 @@ class Pupil(nn.Module):
         self.read_out = nn.LazyLinear(sum(len(CLASS_GROUPS[group]) for group in GROUPS))
 
     def forward(self, crops):
-        strongest = [x.mean(2).amax((2, 3)) for x in self.stem(crops)]      # a map's (B, channels)
+        strongest = [x.mean(2).amax((2, 3)) for x in self.stem(crops)]  # (B, channels) of each map
         return self.read_out(torch.cat(strongest, 1))
 
 
 def crops_of(scene):
-    """Of each actor that is present, drawn without the others: a crop (3, T, S, S) uint8 around its mean place, pushed
-    into the frame, and the classes of the two groups that it shows in any frame, (C,) float."""
+    """Of each actor that is present, drawn without the others: a crop (3, T, S, S) uint8 around its
+    mean place, pushed into the frame, and which classes it shows in some frame, (C,) float."""
     classes = [c for group in GROUPS for c in CLASS_GROUPS[group]]
     for actor in scene["actors"]:
         if not actor["present"].any():
@@ -60,13 +61,13 @@ def crops_of(scene):
         x1, y1, x2, y2 = actor["box"][actor["present"]].mean(0)
         left = int(np.clip((x1 + x2 - CROP) / 2, 0, WIDTH - CROP))
         top = int(np.clip((y1 + y2 - CROP) / 2, 0, HEIGHT - CROP))
-        clip = draw({**scene, "actors": [actor]})                           # (T, H, W, 3)
+        clip = draw({**scene, "actors": [actor]})  # (T, H, W, 3)
         crop = clip[:, top:top + CROP, left:left + CROP].transpose(3, 0, 1, 2)
         yield torch.from_numpy(crop.copy()), torch.from_numpy(actor["seen"][:, classes].max(0))
 
 
 def batches(dataset, size):
-    """Crops (B, 3, T, S, S) and labels (B, C) of a data set's scenes, one scene after another, without an end."""
+    """Crops (B, 3, T, S, S), normalised, and labels (B, C), one scene after another, endlessly."""
     pairs, index = [], 0
     while True:
         while len(pairs) < size:
@@ -78,57 +79,57 @@ def batches(dataset, size):
 
 
 @torch.no_grad()
-def examine(pupil, dataset, count):
-    """{group: binary cross entropy} on `count` crops of a data set."""
+def examine(pupil, crops, labels):
+    """{group: binary cross entropy}."""
     pupil.eval()
-    crops, labels = next(batches(dataset, count))
     logits = torch.cat([pupil(part) for part in crops.split(BATCH)])
-    losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(0)     # (C,)
-    of_groups = losses.split([len(CLASS_GROUPS[group]) for group in GROUPS])
+    losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(0)  # (C,)
     pupil.train()
-    return {group: float(loss.mean()) for group, loss in zip(GROUPS, of_groups)}
+    parts = losses.split([len(CLASS_GROUPS[group]) for group in GROUPS])
+    return {group: float(part.mean()) for group, part in zip(GROUPS, parts)}
 
 
 def pretrain(steps, seed, held_out=HELD_OUT):
-    """The stem after so many steps, and what `examine` says of it. The same on every call with the same arguments."""
+    """The stem after `steps` and, of `held_out` crops, what `examine` says. Seeded."""
     torch.manual_seed(seed)
     config = PRESETS["synthetic"]
-    training, testing = (SyntheticDataset(config, side, seed=FIRST_SEED + seed) for side in ("train", "val"))
-    crops_and_labels = batches(training, BATCH)
+    lessons = batches(SyntheticDataset(config, "train", seed=FIRST_SEED + seed), BATCH)
+    examples = next(batches(SyntheticDataset(config, "val", seed=FIRST_SEED + seed), held_out))
     pupil = Pupil()
-    pupil(next(batches(testing, 2))[0])                                     # the read-out learns its width
+    pupil(examples[0][:2])  # the read-out learns its width
     optimizer = torch.optim.AdamW(pupil.parameters(), lr=RATE, weight_decay=config.weight_decay)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in (bar := tqdm(range(steps), "pre-training", mininterval=1 if sys.stderr.isatty() else 30)):
-        crops, labels = next(crops_and_labels)
+    bar = tqdm(range(steps), "pre-training", mininterval=1 if sys.stderr.isatty() else 30)
+    for _ in bar:
+        crops, labels = next(lessons)
         loss = F.binary_cross_entropy_with_logits(pupil(crops), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         rates.step()
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-    return pupil.stem, examine(pupil, testing, held_out)
+    return pupil.stem, examine(pupil, *examples)
 
 
 def halved(tensors):
-    """Tensors by name, floats in half precision; without BatchNorm's counts of batches, which nothing reads."""
+    """Tensors by name, floats in half precision."""
     small = {}
     for name, tensor in tensors.items():
-        if not name.endswith("num_batches_tracked"):
-            small[name] = tensor.half().contiguous() if tensor.is_floating_point() else tensor
+        small[name] = tensor.half().contiguous() if tensor.is_floating_point() else tensor
     return small
 
 
 def shrink(checkpoint):
-    """A checkpoint of train.py as one to look at: without the optimizer, floats halved, with the command that made it.
-    SystemExit for a file that is none."""
-    missing = [name for name in KEPT if name not in checkpoint]
+    """A checkpoint of train.py as one to look at: what KEPT names, and the command that made it."""
+    missing = ", ".join(name for name in KEPT if name not in checkpoint)
     if missing:
-        raise SystemExit(f"not a checkpoint of train.py: it has no {', '.join(missing)}")
+        raise SystemExit(f"--shrink takes checkpoints of train.py; this one has no {missing}")
     settings, dataset = checkpoint["settings"], checkpoint["dataset"]
+    command = f"torchrun --nproc_per_node {checkpoint['processes']} train.py --dataset {dataset}"
+    command += f" --seed {settings['seed']}"
     preset = asdict(PRESETS[settings["preset"] or dataset])
-    changes = [f"{name}={value}" for name, value in checkpoint["config"].items() if value != preset[name]]
-    command = f"torchrun --nproc_per_node {checkpoint['processes']} train.py --dataset {dataset} --seed {settings['seed']}"
+    changes = [f"{name}={value}" for name, value in checkpoint["config"].items()
+               if preset[name] != value]
     if changes:
         command += " --set " + " ".join(changes)
     kept = {name: checkpoint[name] for name in KEPT}
@@ -138,12 +139,14 @@ def shrink(checkpoint):
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=800, help=f"of {BATCH} crops each (800)")
-    parser.add_argument("--seed", type=int, default=0, help="of the start and, with 100 added, of the scenes (0)")
-    parser.add_argument("--out", type=Path, default=Path("weights/stem.safetensors"), help="weights/stem.safetensors")
-    parser.add_argument("--shrink", nargs=2, type=Path, metavar=("CHECKPOINT", "OUT"), help="instead: a checkpoint made small")
+    parser.add_argument("--seed", type=int, default=0, help="of start and scenes (0)")
+    parser.add_argument("--out", type=Path, default=Path("weights/stem.safetensors"),
+                        metavar="FILE", help="where the weights go (weights/stem.safetensors)")
+    parser.add_argument("--shrink", nargs=2, type=Path, metavar=("CHECKPOINT", "FILE"),
+                        help="instead: write a checkpoint's small copy")
     args = parser.parse_args(argv)
     if args.steps < 1 or args.seed < 0:
-        parser.error(f"--steps {args.steps} --seed {args.seed}: at least 1 and 0")
+        parser.error(f"--steps {args.steps} --seed {args.seed}: must be at least 1 and 0")
     return args
 
 
@@ -155,13 +158,18 @@ def main(argv=None):
         print(f"wrote {out}, {out.stat().st_size / 1e6:.2f} MB")
         return
     begun = time.monotonic()
-    stem, reached = pretrain(args.steps, args.seed)
-    said = ", ".join(f"{group} {loss:.3f}" for group, loss in reached.items())
+    stem, losses = pretrain(args.steps, args.seed)
+    reached = ", ".join(f"{group} {loss:.3f}" for group, loss in losses.items())
+    print(f"{time.monotonic() - begun:.0f} s; binary cross entropy on {HELD_OUT} crops of scenes "
+          f"that were not trained on: {reached}")
+    tensors = {}
+    for name, tensor in halved(stem.state_dict()).items():
+        if not name.endswith("num_batches_tracked"):  # read by nobody
+            tensors[name] = tensor
     command = f"python -m tools.pretrain --steps {args.steps} --seed {args.seed}"
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(halved(stem.state_dict()), args.out, {"command": command, "seed": str(args.seed), "reached": said})
-    print(f"{time.monotonic() - begun:.0f} s; binary cross entropy on {HELD_OUT} crops of scenes not trained on: {said}\n"
-          f"wrote {args.out}, {args.out.stat().st_size / 1e6:.2f} MB")
+    save_file(tensors, args.out, {"command": command, "seed": str(args.seed), "reached": reached})
+    print(f"wrote {args.out}, {args.out.stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
