@@ -80,7 +80,8 @@ def write_run(folder, row, seed, values=None, speed=10.0, **changes):
     (folder / "config.json").write_text(json.dumps(saved))
     (folder / "results.csv").write_text(f"epoch,step\n3,540\n{config.epochs},1800\n")
     (folder / "measured.json").write_text(json.dumps(values or VALUES))
-    lines = [json.dumps({"clips_per_s": x * speed}) for x in (0.1, 1.0, 1.0, 1.2)]
+    speeds = (0.1, speed, speed, 1.2 * speed)  # the first step waits for other things
+    lines = [json.dumps({"clips_per_s": value}) for value in speeds]
     (folder / "log.jsonl").write_text("\n".join(lines))
 
 
