@@ -33,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
@@ -40,8 +41,9 @@ from beside.released import content_heads
 from beside.sources import (AVA_CLASSES_80, JHMDB_CLASSES, UCF_CLASSES, VIDEO_SUFFIXES, video_files,
                             video_frames, video_rate)
 from data import draw_transform, render
-from evaluate import (ROWS, add_source_arguments, bar, clip_videos, load_model, open_dataset, rows,
-                      shortest_tube, start)
+from evaluate import (ROWS, add_source_arguments, at_least, bar, clip_videos, default_precision,
+                      find_checkpoint, load_model, open_dataset, rows, set_precision, shortest_tube,
+                      start)
 from metrics import box_iou, link_tubes
 from model import scores
 from objective import cxcywh_to_xyxy
@@ -49,31 +51,40 @@ from objective import cxcywh_to_xyxy
 COLOURS = [(255, 99, 71), (64, 156, 255), (80, 220, 100), (255, 196, 0), (214, 112, 255),
            (0, 214, 214), (255, 128, 200), (170, 220, 60), (255, 150, 60), (140, 140, 255)]
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
-SHORTEST_SIDE = 240         # frames smaller than this are enlarged by a whole factor: text fits
+SHORTEST_SIDE = 360         # frames smaller than this are enlarged by a whole factor: text fits
 SHEET_FRAMES = 6            # frames of a video that NAME.png shows
 GAP = 8                     # pixels between them
 FIGURE_WIDTH = 1152         # pixels of an attention sheet
 FIGURE_CLIPS = 40           # clips that are looked at for one
 TICK = Fraction(1, 60000)   # of a second: the grain of a written video's times
-DEFAULT_CHECKPOINT = Path(__file__).parent / "weights" / "synthetic.pt"
-REMEMBERED = ("ckpt", "set", "classes", "heads", "maps", "look_from", "min_score", "top", "width")
+REMEMBERED = ("set", "precision", "classes", "heads", "maps", "look_from", "min_score", "top",
+              "width")      # options that tubes.json names
 
 
 # ---- what the model sees ----
 
-def run(model, config, device, precision, clip, target, heads=None):
+@dataclass
+class Detector:
+    """A model and how it is run."""
+    model: torch.nn.Module
+    config: object
+    device: torch.device
+    precision: torch.dtype | None = None        # of autocast, None without
+
+
+def detect(detector, clip, target, heads=None):
     """The model on one clip (3, T, H, W) -> (detections, attention).
 
     detections: `evaluate.rows` of the clip's frames, as (frames, A, ...) arrays. attention:
     (T, A, C, H', W'), the mean over "all" heads or over the "content" heads; None without `heads`.
-    precision: dtype of autocast, None without.
     """
+    device, dtype = detector.device, detector.precision
     wanted = "heads" if heads == "content" else heads is not None
-    with torch.inference_mode(), torch.autocast(device.type, precision, precision is not None):
-        out = model(clip[None].to(device), return_attention=wanted)
+    with torch.inference_mode(), torch.autocast(device.type, dtype, dtype is not None):
+        out = detector.model(clip[None].to(device), return_attention=wanted)
     detections = {}
     queries = out["pred_boxes"].shape[2]
-    for name, values in rows(out, [target], config, {target["video"]: 0}).items():
+    for name, values in rows(out, [target], detector.config).items():
         detections[name] = values.reshape(-1, queries, *values.shape[1:])    # (frames, A, ...)
     if heads is None:
         return detections, None
@@ -90,10 +101,9 @@ def frame_slots(target):
 
 # ---- tubes ----
 
-def find_actors(look, clips, config, min_score):
-    """The tubes of some clips, by actor -> (actors, frames).
+def find_actors(detector, clips, min_score):
+    """The tubes of some clips, (clip, target, pictures) each, by actor -> (actors, frames).
 
-    look: `run` but for its last three arguments; clips: an iterable of (clip, target, pictures).
     actors: see `group_tubes`. frames: {"number", "seconds": lists over all frames, "size": [height,
     width], "best": the best score of a box, "shortest": frames below which a tube is dropped, at
     most half of the video}. ValueError where there is no frame.
@@ -101,7 +111,7 @@ def find_actors(look, clips, config, min_score):
     frames = {"number": [], "seconds": [], "size": None, "best": 0.0}
     parts = []
     for clip, target, _ in bar(clips, "finding tubes", unit="clip"):
-        part, _ = look(clip, target)
+        part, _ = detect(detector, clip, target)
         for t in frame_slots(target):
             frames["number"].append(int(target["frame_ids"][t]))
             frames["seconds"].append(target["times"][t])
@@ -112,8 +122,8 @@ def find_actors(look, clips, config, min_score):
     if not frames["number"]:
         raise ValueError("no frames to draw on: the video is empty")
     frames["shortest"] = 1                      # key frames are a second apart
-    if not config.key_frame:
-        frames["shortest"] = min(shortest_tube(config), max(1, len(frames["number"]) // 2))
+    if not detector.config.key_frame:
+        frames["shortest"] = min(shortest_tube(detector.config), max(1, len(frames["number"]) // 2))
     found = {name: np.concatenate([part[name] for part in parts]) for name in ROWS}
     tubes = link_tubes(found, min_score=min_score, min_length=frames["shortest"])
     return group_tubes(tubes), frames
@@ -149,8 +159,9 @@ def group_tubes(tubes):
 
 
 def same_place(tube, other):
-    """Whether two tubes have a mean IoU of at least 0.5 over the frames they share, and share some.
-    """
+    """Whether two tubes have a mean IoU of at least 0.5 over the frames they share, if any."""
+    if tube["frames"][-1] < other["frames"][0] or other["frames"][-1] < tube["frames"][0]:
+        return False
     _, i, j = np.intersect1d(tube["frames"], other["frames"], return_indices=True)
     return len(i) > 0 and box_iou(tube["boxes"][i], other["boxes"][j]).mean() >= 0.5
 
@@ -191,13 +202,13 @@ class Frame:
     maps: list              # for each panel: (title, maps (N, H', W'), N lists of lines)
 
 
-def frames_to_draw(look, clips, actors, names, classes, heads, top):
+def frames_to_draw(detector, clips, actors, names, classes, heads, top):
     """Yields a `Frame` for each frame of the clips: the actors, with the `top` best classes, and
     the attention of `classes` (ids), or of each actor's best class where they are none. heads:
     "all" or "content", None for no attention."""
     for clip, target, pictures in clips:
         if heads:
-            part, attention = look(clip, target, heads)
+            part, attention = detect(detector, clip, target, heads)
         height, width = target["size"].tolist()
         for row, t in enumerate(frame_slots(target)):
             number = int(target["frame_ids"][t])
@@ -274,7 +285,7 @@ def arrange(count, size, width):
 
     The panels are as large as they fit into `width` and, captions apart, 9/16 of it in height, but
     no larger than the pictures, or than the whole factor that brings their short side to
-    SHORTEST_SIDE. Another row has to make them larger by a tenth.
+    SHORTEST_SIDE. Another row has to make them larger by a quarter.
     """
     height = width * 9 / 16
     largest = max(1, -(-SHORTEST_SIDE // min(size)))
@@ -282,7 +293,7 @@ def arrange(count, size, width):
     for lines in range(1, count + 1):
         in_line = -(-count // lines)
         scale = min(width / (in_line * size[1]), height / (lines * size[0]), largest)
-        if scale > 1.1 * best:
+        if scale > 1.25 * best:
             best, columns = scale, in_line
     return columns, (max(1, int(size[0] * best)), max(1, int(size[1] * best)))
 
@@ -450,7 +461,7 @@ def attention_sheet(model, dataset, config, path, device, clips=3):
     actor that has three labels at once, or the most there are; of these, the ones whose share on
     the cause is nearest to the median, or the first ones where no cause is known. The frame is the
     middle one of those in which the actor has these labels. Where no clip has a label nothing is
-    drawn, and a line says so. Leaves the model as it was.
+    drawn, and a line says so. Leaves the model as it was; returns whether there is a picture.
     """
     moments = []
     for index in np.unique(np.linspace(0, len(dataset) - 1, FIGURE_CLIPS).astype(int)).tolist():
@@ -459,7 +470,7 @@ def attention_sheet(model, dataset, config, path, device, clips=3):
             moments.append(moment | {"clip": index})
     if not moments:
         print(f"{path} is not drawn: {FIGURE_CLIPS} clips of {dataset.name} have no label")
-        return
+        return False
     busiest = max(moment["rank"] for moment in moments)
     moments = [moment for moment in moments if moment["rank"] == busiest]
     caused = busiest[1]
@@ -474,6 +485,7 @@ def attention_sheet(model, dataset, config, path, device, clips=3):
         middle = np.median([moment["share"] for moment in moments])
         moments.sort(key=lambda moment: abs(moment["share"] - middle))
     save_picture(path, np.concatenate([draw_moment(dataset, moment) for moment in moments[:clips]]))
+    return True
 
 
 def busiest_moment(target):
@@ -704,7 +716,8 @@ def video_clip(path, buffer, number, config, step, seen, last):
     slots = torch.arange(config.frames)
     indices = (slots * config.sampling_rate).clamp(max=len(buffer) - 1)
     used = [buffer[index] for index in indices.tolist()]
-    target = {"video": Path(path).stem, "size": torch.tensor(used[0]["picture"].shape[:2])}
+    target = {"video": Path(path).stem, "video_index": 0,
+              "size": torch.tensor(used[0]["picture"].shape[:2])}
     clip = None
     if seen:
         transform = draw_transform(target["size"].tolist(), config, augment=False)
@@ -799,14 +812,13 @@ def actor_record(number, actor, seconds, names):
 
 # ---- the command ----
 
-def show(look, model, clips, video, rate, config, device, out, names, classes, args):
+def show(detector, clips, video, rate, out, names, classes, args):
     """Finds the tubes of a video or clip and writes what the top of this file says to `out`.
 
-    look: `run` but for its last three arguments; clips(seen): the clips, anew each time; classes:
-    ids of those whose attention is drawn; args: the command line's. Raises ValueError and OSError
-    where the clips cannot be read.
+    clips(seen): the clips, anew each time; classes: ids of those whose attention is drawn; args:
+    the command line's. Raises ValueError and OSError where the clips cannot be read.
     """
-    actors, frames = find_actors(look, clips(True), config, args.min_score)
+    actors, frames = find_actors(detector, clips(True), args.min_score)
     name, out = video.replace("/", "_"), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}.mp4", out / f"{name}.png"]
@@ -814,7 +826,7 @@ def show(look, model, clips, video, rate, config, device, out, names, classes, a
     on_sheet = np.linspace(0, count - 1, SHEET_FRAMES).astype(int).tolist()
 
     def pictures():
-        to_draw = frames_to_draw(look, clips(args.maps), actors, drawable(names), classes,
+        to_draw = frames_to_draw(detector, clips(args.maps), actors, drawable(names), classes,
                                  args.heads if args.maps else None, args.top)
         for number, frame in enumerate(bar(to_draw, "drawing", total=count, unit="frame")):
             if number in on_sheet:
@@ -825,9 +837,9 @@ def show(look, model, clips, video, rate, config, device, out, names, classes, a
     save_picture(paths[1], in_pairs(sheet))
     if args.look_from:
         clip, place = next(clips(True))[0], (0.5, args.look_from[1], args.look_from[0])
-        points = sampling_points(model, clip, place, device)
-        paths.append(out / f"{name}-points.png")
+        points = sampling_points(detector.model, clip, place, detector.device)
         seen = clip.permute(1, 2, 3, 0).numpy()                              # (T, H, W, 3)
+        paths.append(out / f"{name}-points.png")
         save_picture(paths[-1], draw_points(seen, *points, place, args.width))
     head = {"video": video, "rate": round(rate, 3), "size": frames["size"], "classes": names,
             "options": remembered(args)}
@@ -853,8 +865,9 @@ def counted(number, noun):
 
 def remembered(args):
     """What a result depends on besides the video, as tubes.json has it."""
-    options = {name: getattr(args, name) for name in REMEMBERED}
-    return options | {"ckpt_time": round(os.path.getmtime(args.ckpt))}
+    path = Path(args.ckpt)
+    options = {"ckpt": str(path), "ckpt_time": round(path.stat().st_mtime)}
+    return options | {name: getattr(args, name) for name in REMEMBERED}
 
 
 def is_done(path, args):
@@ -864,11 +877,11 @@ def is_done(path, args):
 
 def find_videos(sources, out):
     """The video files that --video names: files, and what is in folders, but for the results in
-    `out`. SystemExit where there is none, and where two have one name."""
+    `out`. ValueError where there is none, and where two have one name."""
     videos = []
     for source in map(str, sources):
         if "://" in source or source.startswith("/dev/") or source.isdigit():
-            raise SystemExit(f"--video {source}: files and folders only; record a stream or camera "
+            raise ValueError(f"--video {source}: files and folders only; record a stream or camera "
                              "first, for example by ffmpeg -i SOURCE -t 60 in.mp4")
         if not Path(source).is_dir():
             videos.append(Path(source))
@@ -878,49 +891,50 @@ def find_videos(sources, out):
             if out.resolve() not in path.resolve().parents:
                 inside.append(path)
         if not inside:
-            raise SystemExit(f"no video ({', '.join(VIDEO_SUFFIXES)}) in {source}")
+            raise ValueError(f"no video ({', '.join(VIDEO_SUFFIXES)}) in {source}")
         videos += inside
     names = [path.stem for path in videos]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise SystemExit(f"several videos are called {', '.join(twice[:5])}: their results would "
+        raise ValueError(f"several videos are called {', '.join(twice[:5])}: their results would "
                          "share a folder; rename them")
     return videos
 
 
-def show_videos(look, model, config, device, rank, names, classes, args):
+def show_videos(detector, rank, names, classes, args):
     """`show` for the files of --video, each in a folder of its own where there are several. The
     ranks share them; those that are done are left out. Returns the messages of those that cannot be
-    read; SystemExit with it where there is one file alone."""
+    read; where there is one file alone, that is raised."""
     root, failed = Path(args.out or "out"), []
     videos = find_videos(args.video, root)
     several = len(videos) > 1 or Path(args.video[0]).is_dir()
     for path in videos[rank::int(os.environ.get("WORLD_SIZE", 1))]:
         out = root / path.stem if several or not args.out else root
         if (out / f"{path.stem}.mp4").resolve() == path.resolve():
-            raise SystemExit(f"{path} would be overwritten by its own result: choose another --out")
+            raise ValueError(f"{path} would be overwritten by its own result: choose another --out")
         if several and is_done(out / "tubes.json", args):
             print(f"{path} is done, by the same options: {out / 'tubes.json'}")
             continue
         try:
             rate = video_rate(path)
-            clips = partial(video_clips, path, config, rate)
-            show(look, model, clips, path.stem, 1 if config.key_frame else rate, config, device,
-                 out, names, classes, args)
+            clips = partial(video_clips, path, detector.config, rate)
+            drawn_rate = 1 if detector.config.key_frame else rate
+            show(detector, clips, path.stem, drawn_rate, out, names, classes, args)
         except (OSError, ValueError) as error:
             if not several:
-                raise SystemExit(str(error)) from error
+                raise
             print(error)
             failed.append(str(error))
     return failed
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     usage="python visualize.py [--ckpt FILE] [options]")
     add_source_arguments(parser)
     group = parser.add_argument_group("what is drawn")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--clip", type=int, metavar="N", help="a clip of the data set, from 0 on (default: 0)")
+    add("--clip", type=at_least(0), metavar="N", help="a clip of the data set, from 0 (default: 0)")
     add("--video-name", metavar="NAME", help="a whole video of the data set")
     add("--video", metavar="FILE", nargs="+", help="your own: files, folders; processes share them")
     add("--figure", metavar="FILE", help="no video but this PNG: an actor of a typical clip, and "
@@ -931,42 +945,39 @@ def arguments(argv=None):
     add("--heads", choices=("all", "content"), default="all",
         help="whose mean the attention is; content: those that see content alone")
     add("--no-maps", dest="maps", action="store_false", help="tubes without attention, sooner")
-    add("--look-from", nargs=2, type=float, metavar=("X", "Y"),
+    add("--look-from", nargs=2, type=share, metavar=("X", "Y"),
         help="draw the encoder's sampling points too, from the cell at this place of the first "
              "clip's middle frame, in shares of width and height")
-    add("--min-score", type=float, default=0.3, help="boxes below this are left out (0.3)")
-    add("--top", type=int, default=3, help="classes written at an actor, at most (3)")
-    add("--width", type=int, default=1920, help="pixels of a picture, at most (1920)")
+    add("--min-score", type=share, default=0.3, metavar="SCORE",
+        help="boxes below this are left out (0.3)")
+    add("--top", type=at_least(1), default=3, metavar="N", help="classes written at an actor (3)")
+    add("--width", type=at_least(320), default=1920, metavar="PIXELS",
+        help="of a picture, at most (1920)")
     add("--rate", type=float, help="frames a second of the data set (25; short clips 4, AVA 1)")
     add("--out", metavar="DIR", help="folder of the results (default: out/NAME)")
     args = parser.parse_args(argv)
-    if not args.ckpt:
-        if not DEFAULT_CHECKPOINT.is_file():
-            parser.error(f"name a checkpoint, --ckpt runs/NAME/best.pt ({DEFAULT_CHECKPOINT} is "
-                         "absent)")
-        args.ckpt = str(DEFAULT_CHECKPOINT)
-        print(f"no --ckpt: {args.ckpt}, which knows the synthetic set alone")
-    limits = {"clip": (0, 10 ** 9), "min_score": (0, 1), "top": (1, 100), "width": (320, 7680),
-              "rate": (0.001, 1000)}
-    for name, (least, most) in limits.items():
-        value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} {value} is not between {least} and {most}")
-    if args.look_from and not all(0 <= share <= 1 for share in args.look_from):
-        parser.error(f"--look-from {args.look_from} is not between 0 and 1")
+    if args.rate is not None and not 0.001 <= args.rate <= 1000:
+        parser.error(f"--rate {args.rate} is not between 0.001 and 1000")
     return args
 
 
-def class_names(checkpoint, dataset, config):
+def share(text):
+    """A type of argparse's: a number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
+    return value
+
+
+def class_names(checkpoint, config):
     """Names of the checkpoint's classes: the authors' checkpoints hold none, but their numbers of
     classes are those of known data sets."""
-    if checkpoint["classes"]:
-        return list(checkpoint["classes"])
-    if dataset:
-        return list(dataset.class_names)
     known = {len(names): names for names in (UCF_CLASSES, JHMDB_CLASSES, AVA_CLASSES_80)}
     numbered = [f"class {number}" for number in range(1, config.num_classes + 1)]
-    return list(known.get(config.num_classes, numbered))
+    return list(checkpoint["classes"] or known.get(config.num_classes, numbered))
 
 
 def chosen_classes(texts, names):
@@ -975,60 +986,77 @@ def chosen_classes(texts, names):
     for text in texts:
         for name in [text] if text in names else text.split(","):
             if name not in names:
-                raise SystemExit(f"unknown class {name}; the checkpoint knows: {', '.join(names)}")
+                raise ValueError(f"unknown class {name}; the checkpoint knows: {', '.join(names)}")
             chosen.append(names.index(name))
     return chosen
 
 
-def show_clips(look, model, dataset, config, device, names, classes, args):
+def show_clips(detector, dataset, classes, args):
     """`show` for a clip or a whole video of a data set."""
+    config = detector.config
     if args.video_name:
         if args.video_name not in dataset.videos:
-            raise SystemExit(f"no video {args.video_name!r} among the {len(dataset.videos)} of "
+            raise ValueError(f"no video {args.video_name!r} among the {len(dataset.videos)} of "
                              f"{dataset.name}: {', '.join(list(dataset.videos)[:5])}, ...")
         place = list(dataset.videos).index(args.video_name)
         indices, video = np.flatnonzero(clip_videos(dataset) == place).tolist(), args.video_name
     else:
         index = args.clip or 0
         if index >= len(dataset):
-            raise SystemExit(f"--clip {index}: {dataset.name} has clips 0 to {len(dataset) - 1}")
+            raise ValueError(f"--clip {index}: {dataset.name} has clips 0 to {len(dataset) - 1}")
         indices, video = [index], f"{dataset.name}-clip-{index}"
     usual = 25 if config.frames >= 30 or config.key_frame else 4
     rate = args.rate or (1 if dataset.name == "ava" else usual)
     out = args.out or Path("out") / video.replace("/", "_")
-    try:
-        show(look, model, lambda seen: dataset_clips(dataset, indices, rate), video, rate, config,
-             device, out, names, classes, args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    names = list(dataset.class_names)
+    show(detector, lambda seen: dataset_clips(dataset, indices, rate), video, rate, out, names,
+         classes, args)
+
+
+def draw_all(args, device, rank, precision):
+    """What the command line asks for; precision: dtype of autocast."""
+    args.ckpt = find_checkpoint(args.ckpt)
+    model, config, checkpoint = load_model(args.ckpt, args.set, device)
+    if args.heads == "content" and "split_heads" not in config.quirks:
+        raise ValueError(f"--heads content: no heads of {args.ckpt} see content alone (no quirk "
+                         "split_heads)")
+    if rank == 0:
+        print(f"{args.ckpt} is {checkpoint['kind']}")
+    detector = Detector(model, config, device, precision)
+    if args.video:
+        if checkpoint["dataset"] == "synthetic" and rank == 0:
+            print(f"{args.ckpt} knows the drawn figures of the synthetic set, and no real video")
+        names = class_names(checkpoint, config)
+        classes = chosen_classes(args.classes, names)
+        failed = show_videos(detector, rank, names, classes, args)
+        if failed and "WORLD_SIZE" not in os.environ:   # torchrun would end the other processes
+            said = "\n".join(failed)
+            raise ValueError(f"{counted(len(failed), 'video')} could not be read:\n{said}")
+        return
+    if rank > 0:
+        return
+    trained = checkpoint.get("settings", {}) | {"dataset": checkpoint["dataset"]}
+    dataset = open_dataset(args, config, checkpoint["classes"], args.ckpt, trained)
+    if args.figure:
+        if attention_sheet(model, dataset, config, args.figure, device, clips=1):
+            print(f"wrote {args.figure}")
+        return
+    show_clips(detector, dataset, chosen_classes(args.classes, dataset.class_names), args)
 
 
 def main(argv=None):
     args = arguments(argv)
     device, rank = start(args.device)
-    model, config, checkpoint = load_model(args.ckpt, args.set, device)
-    if args.heads == "content" and "split_heads" not in config.quirks:
-        raise SystemExit(f"--heads content: no heads of {args.ckpt} see content alone (no quirk "
-                         "split_heads)")
-    print(f"{args.ckpt} is {checkpoint['kind']}")
-    look = partial(run, model, config, device, None)
-    dataset = None
-    if not args.video:
-        trained = checkpoint.get("settings", {}) | {"dataset": checkpoint["dataset"]}
-        dataset = open_dataset(args, config, checkpoint["classes"], args.ckpt, trained)
-    if args.figure:
-        attention_sheet(model, dataset, config, args.figure, device, clips=1)
-        print(f"wrote {args.figure}")
-        return
-    names = class_names(checkpoint, dataset, config)
-    classes = chosen_classes(args.classes, names)
-    if not args.video:
-        show_clips(look, model, dataset, config, device, names, classes, args)
-        return
-    failed = show_videos(look, model, config, device, rank, names, classes, args)
-    if failed and "WORLD_SIZE" not in os.environ:       # torchrun would end the other processes
-        said = "\n".join(failed)
-        raise SystemExit(f"{counted(len(failed), 'video')} could not be read:\n{said}")
+    args.precision = args.precision or default_precision(device, training=False)
+    try:
+        autocast = set_precision(args.precision, device)
+        if rank == 0:
+            print(f"visualize.py: {device}, precision {args.precision}", flush=True)
+        draw_all(args, device, rank, autocast)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"visualize.py: {error}") from error
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

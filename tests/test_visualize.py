@@ -5,7 +5,6 @@ import json
 import re
 from dataclasses import asdict, replace
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ CONFIG = replace(PRESETS["synthetic"], num_classes=3, num_queries=4)    # clips 
 NAMES = ["run", "sit", "wave"]
 CELLS = (5, 7)                                                          # H', W' of the stand-in
 BAND = 22                                                               # pixels of a caption
-CPU = torch.device("cpu")
 
 
 class LooksAt(nn.Module):
@@ -66,10 +64,10 @@ def clip_of(frames=8, first=1, size=(60, 80)):
 
 def drawn(clips, model=None, **options):
     """(actors, frames, pictures) of clips by a stand-in, each picture as draw_frame makes it."""
-    look = partial(visualize.run, model or LooksAt(), CONFIG, CPU, None)
-    actors, frames = visualize.find_actors(look, clips, CONFIG, 0.3)
+    detector = visualize.Detector(model or LooksAt(), CONFIG, torch.device("cpu"))
+    actors, frames = visualize.find_actors(detector, clips, 0.3)
     options = {"names": NAMES, "classes": [], "heads": "all", "top": 3} | options
-    to_draw = visualize.frames_to_draw(look, clips, actors, **options)
+    to_draw = visualize.frames_to_draw(detector, clips, actors, **options)
     return actors, frames, [visualize.draw_frame(frame, 1920) for frame in to_draw]
 
 
@@ -96,19 +94,19 @@ def test_attention_panels_shine_where_the_model_looks_in_the_colour_of_the_actor
     actors, frames, pictures = drawn([clip_of()], classes=[0, 1, 2])
     assert frames["number"] == list(range(1, 9)) and frames["seconds"] == [i / 4 for i in range(8)]
     assert frames["size"] == [60, 80]
-    assert pictures[0].shape == (240 + BAND, 4 * 320, 3)                # 60 x 80, four times
+    assert pictures[0].shape == (360 + BAND, 4 * 480, 3)                # 60 x 80, six times
     both = np.add(*visualize.COLOURS[:2])                               # both actors look there
     for panel, (i, j) in enumerate(LooksAt().cells, 1):
-        frame = pictures[0][BAND:, panel * 320:(panel + 1) * 320].astype(float)
-        corners = {(y, x): frame[y * 220:, x * 300:][:20, :20].mean((0, 1))
+        frame = pictures[0][BAND:, panel * 480:(panel + 1) * 480].astype(float)
+        corners = {(y, x): frame[y * 340:, x * 460:][:20, :20].mean((0, 1))
                    for y in (0, 1) for x in (0, 1)}
         np.testing.assert_allclose(corners.pop((i // 4, j // 6)), both.clip(max=255), atol=40)
         assert all(dark.sum() < 5 for dark in corners.values())
 
 
 def test_best_class_panel_shows_each_actor_s_own_map():
-    frame = drawn([clip_of()])[2][0][BAND:, 320:].astype(int)
-    assert frame.shape == (240, 320, 3)
+    frame = drawn([clip_of()])[2][0][BAND:, 480:].astype(int)
+    assert frame.shape == (360, 480, 3)
     np.testing.assert_allclose(frame[2, 2], visualize.COLOURS[0], atol=15)          # run
     np.testing.assert_allclose(frame[-2, -2], visualize.COLOURS[1], atol=15)        # sit
     assert frame[2, -2].sum() < 5, "wave is not the first actor's best class"
@@ -145,14 +143,15 @@ def test_nothing_goes_to_numpy_before_it_is_on_the_cpu_and_float32():
     assert seen["maps"].dtype == seen["scores"].dtype == np.float32
 
 
-def test_content_heads_are_those_of_split_heads(monkeypatch):
+def test_content_heads_are_those_of_split_heads():
     clip, target, _ = clip_of(size=(64, 96))
     config = replace(CONFIG, quirks=("split_heads",))
     model = VideoActionDetector(config).eval()
     with torch.no_grad():
         heads = model(clip[None], return_attention="heads")["attention"][0].numpy()
-    content = visualize.run(model, config, CPU, None, clip, target, "content")[1]
-    every = visualize.run(model, config, CPU, None, clip, target, "all")[1]
+    detector = visualize.Detector(model, config, torch.device("cpu"))
+    content = visualize.detect(detector, clip, target, "content")[1]
+    every = visualize.detect(detector, clip, target, "all")[1]
     half = config.num_heads // 2
     np.testing.assert_allclose(content, heads[:, :, :, :half].mean(3), atol=1e-6)
     np.testing.assert_allclose(every, heads.mean(3), atol=1e-6)
@@ -169,10 +168,10 @@ def test_tubes_in_one_place_are_one_actor_and_boxes_are_drawn_where_they_are():
     for actor in actors:
         for tube in actor["tubes"]:
             assert tube["frames"].tolist() == list(range(1, 17)), "linked over clips"
-    picture = pictures[11][BAND:, :320]
+    picture = pictures[11][BAND:, :480]
     for index, (cx, cy, w, h) in enumerate(LooksAt().boxes.tolist()):
-        left, right = round((cx - w / 2) * 320), round((cx + w / 2) * 320)
-        bottom = round((cy + h / 2) * 240)
+        left, right = round((cx - w / 2) * 480), round((cx + w / 2) * 480)
+        bottom = round((cy + h / 2) * 360)
         for y, x in [(bottom, (left + right) // 2), (bottom - 20, left), (bottom - 20, right)]:
             near = picture[max(y - 2, 0):y + 3, x - 2:x + 3].reshape(-1, 3)
             assert (near == visualize.COLOURS[index]).all(1).any(), (index, y, x)
@@ -235,7 +234,7 @@ def test_tubes_are_written_with_rounded_numbers_and_their_actor(tmp_path):
 @pytest.mark.parametrize("count, size, width, columns, panel", [
     (1, (1080, 1920), 1920, 1, (1080, 1920)), (2, (1080, 1920), 1920, 2, (540, 960)),
     (5, (1080, 1920), 1920, 3, (360, 640)), (2, (1920, 1080), 1920, 2, (1080, 607)),
-    (10, (64, 96), 1920, 5, (256, 384)), (2, (240, 320), 1920, 2, (240, 320)),
+    (10, (64, 96), 1920, 5, (256, 384)), (2, (240, 320), 1920, 2, (480, 640)),
     (4, (64, 96), 480, 2, (135, 202)), (1, (2160, 3840), 1920, 1, (1080, 1920))])
 def test_panels_fill_rows_of_bounded_size(count, size, width, columns, panel):
     assert visualize.arrange(count, size, width) == (columns, panel)
@@ -446,11 +445,11 @@ def test_a_sampling_point_is_a_ring_in_its_frame_and_the_legend_names_its_level(
     pictures = np.zeros((8, 64, 96, 3), np.uint8)
     points, weights = np.array([[0.3, 0.5, 0.25]]), np.array([0.25])
     sheet = visualize.draw_points(pictures, points, np.array([1]), weights, (0.5, 0.5, 0.5), 1920)
-    assert sheet.shape == (2 * (256 + BAND) + 24, 4 * 384, 3)           # and the legend below
-    lines = sheet[:-24].reshape(2, 256 + BAND, 4, 384, 3).swapaxes(1, 2).reshape(8, 278, 384, 3)
+    assert sheet.shape == (2 * (320 + BAND) + 24, 4 * 480, 3)           # and the legend below
+    lines = sheet[:-24].reshape(2, 320 + BAND, 4, 480, 3).swapaxes(1, 2).reshape(8, 342, 480, 3)
     assert [bool(panel[BAND:].any()) for panel in lines] == [i in (2, 4) for i in range(8)]
     ring = (lines[2, BAND:] == visualize.COLOURS[1]).all(-1).nonzero()
-    np.testing.assert_allclose([place.mean() for place in ring], [128, 96], atol=1)
+    np.testing.assert_allclose([place.mean() for place in ring], [160, 120], atol=1)
     legend = sheet[-24:].reshape(-1, 3)
     assert (legend == visualize.COLOURS[1]).all(1).any(), "level 2 in its colour"
     assert not (legend == visualize.COLOURS[0]).all(1).any(), "level 1 has no point"
@@ -557,9 +556,9 @@ def test_command_line_writes_video_sheet_and_tubes_of_your_own_video(
     assert str(out / "in.mp4") in capsys.readouterr().out
     with av.open(str(out / "in.mp4")) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    assert len(frames) == 11 and frames[0].shape == (240 + BAND, 3 * 320, 3)
+    assert len(frames) == 11 and frames[0].shape == (360 + BAND, 3 * 480, 3)
     assert Image.open(out / "in.png").size == (2 * (3 * 317 + 8), 3 * (238 + BAND + 8))
-    assert Image.open(out / "in-points.png").size == (4 * 340, 2 * (256 + BAND) + 24)    # 64 x 85
+    assert Image.open(out / "in-points.png").size == (4 * 480, 2 * (361 + BAND) + 24)    # 64 x 85
     record = json.loads((out / "tubes.json").read_text())
     assert (record["rate"], record["size"], record["classes"]) == (10, [60, 80], NAMES)
     assert record["actors"], "untrained scores are above 0.01"

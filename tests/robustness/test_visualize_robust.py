@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import visualize
 from model import PRESETS, VideoActionDetector
 
@@ -26,7 +27,8 @@ def command(tmp_path, monkeypatch):
                    "dataset": "synthetic", "classes": names}
         if not (tmp_path / "c.pt").exists():                            # its time is remembered
             torch.save(content, tmp_path / "c.pt")
-        monkeypatch.setattr(visualize, "start", lambda device: (torch.device(device), 0))
+        monkeypatch.setattr(visualize, "start",
+                            lambda device: (torch.device(device or "cpu"), 0))
         visualize.main(["--ckpt", str(tmp_path / "c.pt"), "--device", "cpu", *map(str, options)])
     return call
 
@@ -114,7 +116,7 @@ def test_a_signal_ends_a_folder_of_videos_and_is_no_broken_video(tmp_path, comma
         write_video(tmp_path / "in" / f"{name}.mp4", 3)
     met = []
 
-    def show(look, model, clips, video, *rest):
+    def show(detector, clips, video, *rest):
         met.append(video)
         sys.exit(143)
     monkeypatch.setattr(visualize, "show", show)
@@ -151,37 +153,54 @@ def test_where_nothing_is_found_the_message_says_why(tmp_path, command, capsys):
 # ---- options ----
 
 @pytest.mark.parametrize("options, message", [
-    (["--clip", "-1"], "--clip -1"), (["--clip", "320"], "clips 0 to 319"),
-    (["--min-score", "2"], "--min-score 2"), (["--top", "0"], "--top 0"),
-    (["--width", "10"], "--width 10"), (["--rate", "0"], "--rate 0"),
-    (["--look-from", "0.5", "2"], "--look-from"), (["--classes", "fly"], "unknown class fly"),
-    (["--video-name", "nobody"], "no video 'nobody'"), (["--clip", "1", "--video", "x"], "--clip"),
-    (["--heads", "content"], "no quirk split_heads")])
+    ("--clip -1", "--clip: -1: must be at least 0"), ("--clip 320", "clips 0 to 319"),
+    ("--clip 1 --video in.mp4", "--video: not allowed with argument --clip"),
+    ("--min-score 2", "--min-score: 2 is not in"), ("--min-score x", "'x' is not a number"),
+    ("--top 0", "--top: 0: must be"), ("--width 10", "--width: 10: must be at least 320"),
+    ("--rate 0", "--rate 0.0 is not"), ("--look-from 0.5 2", "--look-from: 2 is not in"),
+    ("--classes fly", "unknown class fly"), ("--video-name nobody", "no video 'nobody'"),
+    ("--heads content", "no quirk split_heads")])
 def test_options_that_cannot_be_are_refused_by_name(command, options, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        command(*options, names=None, num_classes=9)
+        command(*options.split(), names=None, num_classes=9)
     assert message in str(ended.value) + capsys.readouterr().err
+
+
+def test_a_missing_device_and_a_run_s_folder_are_understood(tmp_path, command, capsys, monkeypatch):
+    command("--clip", 0, "--out", tmp_path / "out", names=None, num_classes=9)
+    (tmp_path / "c.pt").rename(tmp_path / "best.pt")
+    options = ["--ckpt", str(tmp_path), "--clip", "0", "--out", str(tmp_path / "out")]
+    visualize.main(options)
+    assert f"{tmp_path / 'best.pt'} is a checkpoint" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluate.signal, "signal", lambda *arguments: None)
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="--device cuda:0: torch finds 0 GPUs"):
+            visualize.main([*options, "--device", "cuda"])
 
 
 def test_without_a_checkpoint_the_small_one_of_the_repository_is_taken_and_named(
         tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(visualize, "DEFAULT_CHECKPOINT", tmp_path / "weights" / "synthetic.pt")
+    monkeypatch.setattr(evaluate, "WEIGHTS", tmp_path / "weights")
     monkeypatch.setattr(visualize, "start", lambda device: (torch.device("cpu"), 0))
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="name a checkpoint: --ckpt"):
         visualize.main([])
-    assert "name a checkpoint, --ckpt" in capsys.readouterr().err
     (tmp_path / "weights").mkdir()
     config = PRESETS["synthetic"]
     weights = {name: value.half() if value.is_floating_point() else value
                for name, value in VideoActionDetector(config).state_dict().items()}
+    path = tmp_path / "weights" / "synthetic.pt"
     torch.save({"model": weights, "config": asdict(config), "dataset": "synthetic",
-                "classes": None}, tmp_path / "weights" / "synthetic.pt")
+                "classes": None}, path)
     visualize.main(["--clip", "3", "--out", str(tmp_path / "out")])
-    assert f"no --ckpt: {tmp_path / 'weights' / 'synthetic.pt'}" in capsys.readouterr().out
+    assert f"no --ckpt: taking {path}" in capsys.readouterr().out
     assert (tmp_path / "out" / "synthetic-clip-3.png").exists()
     monkeypatch.setattr(visualize, "FIGURE_CLIPS", 5)
     visualize.main(["--figure", str(tmp_path / "figure.png")])
     assert (tmp_path / "figure.png").stat().st_size < 300_000
+    write_video(tmp_path / "in.mp4", 3)
+    visualize.main(["--video", str(tmp_path / "in.mp4"), "--out", str(tmp_path / "own")])
+    assert "and no real video" in capsys.readouterr().out
 
 
 def test_names_that_the_font_cannot_draw_are_drawn_as_far_as_it_can_and_named_once(
