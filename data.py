@@ -264,26 +264,29 @@ class ClipDataset:
         return frames, tubes
 
 
-def build_dataset(name, root, side, config, fold=1):
+def build_dataset(name, root, side, config, fold=1, missing="error", fill=0):
     """The clips of a data set: "synthetic", "ucf", "jhmdb", "ava" or "custom" (your own).
 
     root: folder of annotation and frames (or videos). side: "train", with augmentation, or "val".
-    fold: which of jhmdb's three splits; the others have one. Prints what was found, once for all
-    ranks. Raises ValueError on a wrong annotation, FileNotFoundError where a file is missing;
-    frames that are missing or cannot be read raise an OSError when they are read.
+    fold: which of jhmdb's three splits; the others have one. missing: "error", or "leave out" for
+    videos without frames. fill: interpolate a person's boxes that are up to so many frames apart.
+    Prints what was found, once for all ranks. Raises ValueError on a wrong annotation,
+    FileNotFoundError where a file is missing; frames raise an OSError when they cannot be read.
     """
     if side not in ("train", "val"):
         raise ValueError(f'the sides of {name} are "train" and "val", not {side!r}')
     if name == "synthetic":
+        if fold != 1:
+            raise ValueError(f"synthetic has one split, 1, not {fold!r}; leave out --split")
         return SyntheticDataset(config, side)
     if config.crop_size > config.resize_size:
         raise ValueError(f"crop_size {config.crop_size} exceeds resize_size {config.resize_size}; "
                          "set one with --set")
-    table, source = read_dataset(name, root, side, config.key_frame, fold)
+    table, source = read_dataset(name, root, side, config.key_frame, fold, missing, fill)
     if table.problems:
-        raise ValueError(f"{name} in {root}: {len(table.problems)} faults in the annotation "
-                         "(python -m tools.prepare check lists all), the first:\n  "
-                         + "\n  ".join(table.problems[:5]))
+        raise ValueError("\n  ".join([f"{name} in {root} cannot be used as it is (python -m "
+                                      "tools.prepare check looks for all faults):",
+                                      *table.problems]))
     dataset = ClipDataset(name, table, source, config, augment=side == "train")
     if os.environ.get("RANK", "0") == "0":
         print(f"{name}: {len(table.videos)} videos, {len(table.frame)} boxes, {len(dataset)} clips;"
