@@ -528,13 +528,15 @@ def load_model(path=None, changes=(), device="cpu", preset=None):
 def open_dataset(args, config, classes, source, trained):
     """The clips that args.dataset, .data, .split and .side name, seen as at test time.
 
-    trained: a dict of "dataset", "data", "split", which hold where args has None. SystemExit where
-    they cannot be opened or do not have `classes`, those of `source` (None: not known).
+    trained: a dict of the same names, which holds where args has None. SystemExit where they cannot
+    be opened or do not have `classes`, those of `source` (None: not known).
     """
     name = args.dataset or trained.get("dataset")
     if name != trained.get("dataset"):
         trained = {}
     root, split = args.data or trained.get("data"), args.split or trained.get("split") or 1
+    missing = (args.missing or trained.get("missing") or "error").replace("-", " ")
+    fill = trained.get("fill") or 0 if args.fill is None else args.fill
     if root is None and name != "synthetic":
         raise SystemExit(f"data set {name!r} of {source} is read from a folder: name it with "
                          "--data DIR")
@@ -544,7 +546,7 @@ def open_dataset(args, config, classes, source, trained):
     if args.split not in (None, 1) and name not in ("ucf", "jhmdb"):
         raise SystemExit(f"--split {args.split}: {name} has one split")
     try:
-        dataset = build_dataset(name, root, args.side, config, int(split))
+        dataset = build_dataset(name, root, args.side, config, int(split), missing, int(fill))
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     dataset.augment = False
@@ -608,6 +610,10 @@ def add_source_arguments(parser, several=False):
                        help="1-3 for jhmdb, the others have one; default: the checkpoint's")
     group.add_argument("--side", choices=("train", "val"), default="val",
                        help="training or validation (test) videos of the split (val)")
+    group.add_argument("--missing", choices=("error", "leave-out"),
+                       help="of videos that have no frames; default: as in training, or error")
+    group.add_argument("--fill", type=at_least(0), metavar="N",
+                       help="interpolate boxes up to N frames apart; default: as in training, or 0")
     group.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE",
                        help="change the checkpoint's Config")
     group.add_argument("--device", help="default: cuda if there is one, else cpu")
