@@ -150,8 +150,8 @@ def test_content_heads_are_those_of_split_heads():
     with torch.no_grad():
         heads = model(clip[None], return_attention="heads")["attention"][0].numpy()
     detector = visualize.Detector(model, config, torch.device("cpu"))
-    content = visualize.detect(detector, clip, target, "content")[1]
-    every = visualize.detect(detector, clip, target, "all")[1]
+    content = visualize.detect_clip(detector, clip, target, "content")[1]
+    every = visualize.detect_clip(detector, clip, target, "all")[1]
     half = config.num_heads // 2
     np.testing.assert_allclose(content, heads[:, :, :, :half].mean(3), atol=1e-6)
     np.testing.assert_allclose(every, heads.mean(3), atol=1e-6)
