@@ -473,7 +473,7 @@ def print_efficiency(args, device, precision):
     print(form.format("", "parameters", "multiply-adds", "sampling op", "ms", "peak GB"))
     models = {}
     for path in args.ckpt or ():
-        model, config, _ = load_model(path, args.set)
+        model, config, _ = load_model(path, args.set, preset=args.preset)
         models[str(path)] = config, model
     for name in args.efficiency or (() if models else PAPER_EFFICIENCY):
         models[name] = override(PRESETS[name], args.set), None
@@ -511,12 +511,12 @@ def find_checkpoint(path=None):
                      f"folder; {places}")
 
 
-def load_model(path=None, changes=(), device="cpu"):
+def load_model(path=None, changes=(), device="cpu", preset=None):
     """The model, Config and record of a checkpoint (see `find_checkpoint`), with changes to the
-    Config ("name=value") that keep its weights."""
+    Config ("name=value") that keep its weights. preset: of a file that does not tell it."""
     path = find_checkpoint(path)
     try:
-        model, checkpoint = load_checkpoint(path, device, changes)
+        model, checkpoint = load_checkpoint(path, device, changes, preset)
     except (OSError, ValueError) as error:
         text = " ".join(str(error).split())     # torch lists every tensor that does not fit
         if not text.startswith(("--set", str(path))):
@@ -601,6 +601,7 @@ def add_source_arguments(parser, several=False):
     group = parser.add_argument_group("model and data")
     group.add_argument("--ckpt", nargs=many, metavar="FILE",
                        help="checkpoint of train.py or its folder; default: weights/synthetic.pt")
+    group.add_argument("--preset", choices=PRESETS, help="of weights that do not tell theirs")
     group.add_argument("--dataset", choices=DATASETS, help="default: the checkpoint's")
     group.add_argument("--data", metavar="DIR", help="the data set's folder")
     group.add_argument("--split", nargs=many, type=at_least(1), metavar="N",
@@ -679,7 +680,7 @@ def evaluate_split(source, out, args, device, precision):
         classes, trained = detections["classes"].tolist(), {"dataset": str(detections["dataset"])}
         said = str(source)
     else:
-        model, config, checkpoint = load_model(source, args.set, device)
+        model, config, checkpoint = load_model(source, args.set, device, args.preset)
         classes = checkpoint["classes"]
         trained = checkpoint.get("settings", {}) | {"dataset": checkpoint["dataset"]}
         said = f"{source}, {checkpoint['kind']}"
@@ -699,6 +700,8 @@ def evaluate_split(source, out, args, device, precision):
     said += f", on {dataset.name}: {results['videos']} of {len(dataset.videos)} {args.side} videos"
     if args.oracle:
         said += f", true {args.oracle} given"
+    if args.split and trained.get("data") and args.split != (trained.get("split") or 1):
+        said += f", trained on split {trained.get('split') or 1}, so on some of these videos"
     print(f"{said}, {args.protocol} protocol")
     if args.protocol == "released" and not config.key_frame:
         rules = RELEASED_RULES[metrics.full_name("released", len(dataset.class_names))]

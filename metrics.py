@@ -377,17 +377,16 @@ def link_strict(detections, min_score, max_gap, min_length):
     return tubes
 
 
-def best_paths(boxes, scores, present, count=3):
+def best_paths(overlap, scores, present, count=3):
     """Paths through all frames with the largest sum of IoU + s1 + s2 + s1 * s2 / 2 over
     neighbouring frames, one after the other without the boxes of the former, until a frame is
     empty; P problems side by side.
 
-    boxes (P, T, A, 4), scores and present (P, T, A)
-    -> list of (which of the problems, slots (T,)), an entry a path
+    overlap (P, T - 1, A, A): IoU of each frame's boxes with the next one's; scores and present
+    (P, T, A) -> list of (which of the problems, slots (T,)), an entry a path
     """
     first, second = scores[:, :-1, :, None], scores[:, 1:, None, :]
-    edge = box_iou(boxes[:, :-1, :, None], boxes[:, 1:, None, :])       # (P, T - 1, A, A)
-    edge = edge + first + second + 0.5 * first * second
+    edge = overlap + first + second + 0.5 * first * second              # (P, T - 1, A, A)
     closed = np.where(present, 0, -np.inf)              # (P, T, A): no box, or a former path has it
     found, problems, length = [], np.arange(len(scores)), scores.shape[1]
     for _ in range(count):
@@ -437,10 +436,14 @@ def released_tubes(rows, box, scores, enters, protocol):
     steps = np.arange(has.shape[1])
     distance = np.where(has[:, None], abs(steps[:, None] - steps), len(steps))          # (P, T, T)
     borrowed = distance.argmin(2)                       # (P, T): the nearest frame, the earlier one
+    pairs = np.stack([borrowed[:, :-1], borrowed[:, 1:]], -1).reshape(-1, 2)
+    pairs, place = np.unique(pairs, axis=0, return_inverse=True)        # few differ among classes
+    overlap = box_iou(box[rows[pairs[:, 0]]][:, :, None], box[rows[pairs[:, 1]]][:, None])
+    overlap = overlap[place.reshape(len(labels), len(steps) - 1)]       # (P, T - 1, A, A)
     rows = rows[borrowed]                                               # (P, T, A)
     scores = scores.transpose(2, 0, 1)[labels[:, None], borrowed]       # (P, T, A)
     paths = {}
-    for one, slots in best_paths(box[rows], scores, enters[labels[:, None], borrowed]):
+    for one, slots in best_paths(overlap, scores, enters[labels[:, None], borrowed]):
         path = scores[one, steps, slots], box[rows[one, steps, slots]]
         paths.setdefault(one, []).append(path)
     tubes = []

@@ -134,7 +134,7 @@ def detection_loss(outputs, targets, config, counts=None):
 
     # Y of the paper: 1 and the actor's labels for a matched query (i <= N_X), zeros for the others.
     matched = torch.zeros_like(confidence)                              # (S, B, T, A)
-    matched[pair] = 1.0
+    matched[pair] = confidence.new_ones(())  # a plain 1.0 would be copied from the host
     labels = torch.zeros_like(logits)                                   # (S, B, T, A, C)
     labels[pair] = true_labels[row]
     # Not in the paper: label smoothing (AVA).

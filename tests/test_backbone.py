@@ -274,7 +274,8 @@ def test_a_prefix_that_only_some_names_carry_stays():
     assert strip_prefixes(some) == {"backbone.norm.weight": 1, "neck.0.weight": 2}
     assert strip_prefixes({"backbone.a": 1, "head.b": 2}) == {"backbone.a": 1, "head.b": 2}
     assert strip_prefixes({"encoder.a": 1, "encoder.b": 2}) == {"encoder.a": 1, "encoder.b": 2}
-    assert strip_prefixes({}) == {}
+    for kept in ({}, {"module.a": 1, 3: 2}):
+        assert strip_prefixes(kept) == kept
 
 
 @pytest.mark.parametrize("naming, suffix", [(hugging_face_file, ".safetensors"),
@@ -369,7 +370,7 @@ def authors_checkpoint(monkeypatch):
     return {
         "model": {f"module.{name}": value for name, value in layer.state_dict().items()},
         "optimizer": optimizer.state_dict(),
-        "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3).state_dict(),
+        "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [16]).state_dict(),
         "max_accuracy": np.float64(0.859), "epoch": 17,
         "config": CfgNode({"CONFIG": CfgNode({"LR": 1e-4, "NAMES": ["a", "b"]}),
                            "DDP_CONFIG": CfgNode({"GPU": None, "DISTRIBUTED": True})}),

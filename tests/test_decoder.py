@@ -77,15 +77,16 @@ def test_localizing_cross_attention_head_by_head(first):
                                                padding)
         for frame in range(3):
             for actor in range(2):
-                mixed = sum(shares[frame, actor, level] * memory[frame, level] for level in range(2))
-                context = layer.context_norm(mixed)
+                share, levels = shares[frame, actor], memory[frame]
+                context = layer.context_norm(share[0] * levels[0] + share[1] * levels[1])
                 content = layer.cross_key_content(context)
                 position = layer.cross_key_position(key_pos[frame])
                 query = layer.cross_query_content(actors[frame, actor])
                 if first:
                     query = query + layer.cross_query_box(query_pos[frame, actor])
                     content = content + position
-                where, value = layer.cross_query_position(P[frame, actor]), layer.cross_value(context)
+                where = layer.cross_query_position(P[frame, actor])
+                value = layer.cross_value(context)
                 heads, mean = [], torch.zeros(8)
                 for part in (slice(4 * h, 4 * h + 4) for h in range(4)):
                     key = torch.cat([content[:, part], position[:, part]], -1)
@@ -140,7 +141,7 @@ def test_the_folded_class_attention_is_the_printed_one_with_its_gradients():
 
 
 def test_a_classifying_layer_step_by_step():
-    """Sec. 4.2: z of f + x by the convolutions; the attention's value is of x; add & norm, feed-forward."""
+    """Sec. 4.2: z of f + x by the convolutions; the attention's value is of x, not of z."""
     layer = ClassifyingLayer(16, 4, 24, 0.0, 2).eval()
     f, P = torch.randn(2, 2, 16)
     context, key_pos = torch.randn(2, 2, 8, 16)

@@ -86,7 +86,7 @@ def test_initial_offsets_point_in_four_directions_half_of_them_ahead_in_time():
 
 
 def sampled(grid, place):
-    """Trilinear interpolation of a grid (t, h, w, D) at a place in cells, written out; zero outside."""
+    """Trilinear interpolation of a grid (t, h, w, D) at a place in cells; zero outside."""
     total = 0
     for corner in torch.cartesian_prod(*[torch.arange(2)] * 3):
         index = place.floor().long() + corner

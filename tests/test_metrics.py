@@ -380,7 +380,7 @@ def test_frame_map_is_what_a_slow_loop_finds_on_crowded_frames(seed):
     truth = {name: values[rows] for name, values in truth.items()}
     table = {"frame": generator.integers(0, frames + 1, number),
              "box": random_boxes(generator, number),
-             "scores": generator.integers(0, 9, (number, classes)) / 8}     # of equal ones order counts
+             "scores": generator.integers(0, 9, (number, classes)) / 8}     # many equal ones
     threshold = generator.choice([0.3, 0.5])
     wanted = np.full(classes, np.nan)
     for label in set(truth["label"].tolist()):
@@ -614,6 +614,8 @@ def test_videos_of_one_frame_each_stay_apart():
 def test_released_tube_of_ucf_starts_a_frame_late_and_gaps_shorten_it():
     track = one_track([3, 4, 6, 7, 8])
     track["conf"][1] = 0.69                     # not a person for certain: no box in frame 4
+    assert link_tubes(one_track([3, 4], conf=0.69), "released_ucf") == []
+    assert link_tubes(one_track([1]), "released_ucf") == []     # trimmed to nothing
     tube, = link_tubes(track, "released_ucf", num_frames={"v": 10})
     assert tube["frames"].tolist() == [4, 5, 6, 7] and tube["label"] == 0
     # Frames 1 and 2 borrow 3's box, 5 borrows 4's: of the scores, 0.9 but for 4 and 5, 6..10 is

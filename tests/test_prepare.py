@@ -79,6 +79,16 @@ def test_extract_goes_on_where_it_was_ended(tmp_path, capsys):
     assert len(os.listdir(tmp_path / "frames/b")) == 9 and not os.listdir(tmp_path / "frames/a")
 
 
+def test_several_processes_share_the_videos_and_the_exit_status_tells_of_faults(tmp_path):
+    as_videos(tmp_path)
+    (tmp_path / "videos/c.mp4").write_bytes(b"no video")
+    words = ["-m", "tools.prepare", "extract", "--dataset", "custom", "--data", str(tmp_path)]
+    result = subprocess.run([sys.executable, *words, "--workers", "2"], capture_output=True,
+                            text=True, cwd=Path(prepare.__file__).parents[1])
+    assert result.returncode == 1
+    assert "c.mp4 cannot be read" in result.stdout and "2 videos, 29 frames" in result.stdout
+
+
 # ---- check ----
 
 def test_a_sound_data_set_may_be_trained_on(tmp_path, capsys):
@@ -96,14 +106,6 @@ def test_check_counts_classes_on_both_sides(tmp_path, capsys):
     assert ["wave", "6", "1", "1", "1"] in [line.split() for line in lines]
     assert ["jump", "high", "4", "2", "0", "0"] in [line.split() for line in lines]
     assert "classes in training only: 1 of 2: jump high" in lines
-
-
-def test_the_exit_status_is_that_of_the_process(tmp_path):
-    words = ["-m", "tools.prepare", "check", "--dataset", "ucf", "--data", str(tmp_path)]
-    result = subprocess.run([sys.executable, *words], cwd=Path(prepare.__file__).parents[1],
-                            capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "finalAnnots.mat or UCF101v2-GT.pkl missing" in result.stdout
 
 
 def every_fifth(root):
@@ -138,7 +140,7 @@ def test_videos_without_frames_are_left_out_where_that_is_asked_for(tmp_path, ca
     assert "video without frames and without a file, once" in capsys.readouterr().out
     assert check("custom", tmp_path, "--missing", "leave-out") == 0
     out = capsys.readouterr().out
-    assert "without frames left out: gone" in out and "1 video, 4 tubes, 7 boxes" in out
+    assert "left out: 1 (gone)" in out and "1 video, 4 tubes, 7 boxes" in out
 
 
 def test_one_split_may_be_checked(tmp_path, capsys):

@@ -13,8 +13,9 @@ def test_frequencies_go_from_two_cycles_an_image_to_a_tenth():
     assert torch.allclose(values[[0, 1, 6, 7]], torch.tensor([2.0, 2.0, 0.1, 0.1]))
     padding = torch.zeros(1, 1, 4, 8, dtype=torch.bool)
     table = key_table(16)(padding)[0, 0]  # (4, 8, 16): 8 channels for h, 8 for w
-    assert torch.allclose(table[2, :, 0], torch.tensor(math.sin(2 * math.pi * 2.5 / 4 * 2)), atol=1e-5)
-    assert torch.allclose(table[:, 3, 15], torch.tensor(math.cos(2 * math.pi * 3.5 / 8 * 0.1)), atol=1e-5)
+    row, column = 2 * math.pi * 2.5 / 4 * 2, 2 * math.pi * 3.5 / 8 * 0.1  # angles
+    assert torch.allclose(table[2, :, 0], torch.tensor(math.sin(row)), atol=1e-5)
+    assert torch.allclose(table[:, 3, 15], torch.tensor(math.cos(column)), atol=1e-5)
     assert map_table(16)(padding).shape == (1, 1, 4, 8, 16)
 
 
@@ -23,7 +24,7 @@ def test_by_place_gives_every_head_both_axes_and_finds_the_own_place():
     assert torch.allclose(weight.amax((1, 2)), torch.tensor([2, 5 / 3, 4 / 3, 1]))
     for head in range(4):
         channels = weight[head].sum(0).nonzero()[:, 0]
-        assert (channels < 32).sum() == 8 == (channels >= 32).sum(), "eight channels of y, eight of x"
+        assert (channels < 32).sum() == 8 == (channels >= 32).sum(), "eight of y, eight of x"
     table = key_table(64)(torch.zeros(1, 1, 6, 9, dtype=torch.bool))[0, 0].flatten(0, 1)  # (54, 64)
     projected = torch.einsum("mkd,nd->mnk", weight, table)
     logits = projected @ projected.transpose(1, 2)  # (M, 54, 54)

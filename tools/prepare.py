@@ -21,6 +21,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib
@@ -29,8 +30,6 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from beside import sources
-from data import ClipDataset
-from model import PRESETS
 from tools.convert import convert
 
 # (data set, split, side): videos, tubes, boxes, frames; the splits of ucf and jhmdb
@@ -62,14 +61,26 @@ def cores():
     return os.cpu_count()
 
 
+def work(function, items, workers):
+    """function(item) of each item in their order, by so many processes, with a progress bar."""
+    if workers == 1:
+        yield from tqdm(map(function, items), "videos", total=len(items), disable=None)
+        return
+    # not forked: the decoder's threads, which a fork would lose, may be at work already
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        results = pool.map(function, items)
+        yield from tqdm(results, "videos", total=len(items), disable=None)
+
+
 # ---- extract ----
 
-def extract_video(path, folder, pattern, rate):
-    """Writes the frames of a video to a folder -> their number.
+def extract_video(job, pattern, rate):
+    """Writes the frames of a video to a folder -> (their number, what went wrong or "").
 
-    rate: frames a second to take, None for all. Raises OSError where the video cannot be read to
-    its end; nothing stays in `folder` then.
+    job: the video's file, the folder. rate: frames a second to take, None for all. Where the video
+    cannot be read to its end nothing stays in the folder.
     """
+    path, folder = job
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -86,11 +97,11 @@ def extract_video(path, folder, pattern, rate):
                 Image.fromarray(picture).save(file, quality=95)
         if not count:
             raise OSError(f"{path} has no frames")
-    except OSError:
+    except OSError as error:
         shutil.rmtree(part)
-        raise
+        return 0, str(error)
     part.rename(folder)
-    return count
+    return count, ""
 
 
 def extract(args):
@@ -109,16 +120,13 @@ def extract(args):
     if not jobs:
         suffixes = ", ".join(sources.VIDEO_SUFFIXES)
         raise SystemExit(f"no videos ({suffixes}) below {root}")
-    todo = {target: path for target, path in jobs.items() if not target.is_dir()}
+    todo = [(path, target) for target, path in jobs.items() if not target.is_dir()]
     frames, faults = 0, []
-    with ProcessPoolExecutor(args.workers) as pool:
-        running = [pool.submit(extract_video, path, target, pattern, rate)
-                   for target, path in todo.items()]
-        for result in tqdm(running, "videos", disable=None):
-            try:
-                frames += result.result()
-            except OSError as error:
-                faults.append(str(error))
+    extract_one = partial(extract_video, pattern=pattern, rate=rate)
+    for count, fault in work(extract_one, todo, min(args.workers, max(len(todo), 1))):
+        frames += count
+        if fault:
+            faults.append(fault)
     print(*faults, sep="\n", end="\n" if faults else "")
     print(f"{counted(len(todo) - len(faults), 'video')}, {counted(frames, 'frame')} written below "
           f"{root}; {len(jobs) - len(todo)} were there before; {len(faults)} cannot be read")
@@ -173,8 +181,12 @@ def check_frames(frames, every, expected):
     return faults
 
 
-def check_video(source, every, video, expected):
-    """[(kind, place)] of the faults of a video's frames; arguments as for `check_frames`."""
+def check_video(job, source, every):
+    """[(kind, place)] of the faults of a video's frames.
+
+    job: the video, its number of frames or None; every: as for `check_frames`.
+    """
+    video, expected = job
     try:
         count = source.count(video)
         if video in source.folders:
@@ -207,6 +219,7 @@ def check_side(args, split, side, config, faults, checked):
 
     checked: names of the videos whose frames were read already; added to.
     """
+    from data import ClipDataset           # not above: processes that read frames need no torch
     try:
         table, source = sources.read_dataset(args.dataset, args.data, side, config.key_frame,
                                              split, args.missing.replace("-", " "), args.fill)
@@ -235,17 +248,16 @@ def check_side(args, split, side, config, faults, checked):
             faults.add("video that ends before its annotation",
                        f"{table.videos[v]}: {table.num_frames[v]} frames, its last annotated "
                        f"second is frame {last[v] + 1}")
-    fresh = [v for v, video in enumerate(table.videos) if video in source and video not in checked]
-    names = [table.videos[v] for v in fresh]
-    expected = [None] * len(fresh)         # of your own videos and AVA's the frames are counted
-    if args.dataset in ("ucf", "jhmdb"):
-        expected = table.num_frames[fresh].tolist()
-    with ProcessPoolExecutor(args.workers) as pool:
-        results = pool.map(partial(check_video, source, args.every), names, expected)
-        for found in tqdm(results, "videos", total=len(fresh), disable=None):
-            for kind, place in found:
-                faults.add(kind, place)
-    checked.update(names)
+    todo = []                              # of your own videos and AVA's the frames are counted
+    counted_here = args.dataset in ("ava", "custom")
+    for video, count in zip(table.videos, table.num_frames.tolist()):
+        if video in source and video not in checked:
+            todo.append((video, None if counted_here else count))
+            checked.add(video)
+    check_one = partial(check_video, source=source, every=args.every)
+    for found in work(check_one, todo, min(args.workers, max(len(todo), 1))):
+        for kind, place in found:
+            faults.add(kind, place)
     return dataset
 
 
@@ -266,6 +278,7 @@ def check_classes(name, train, val, faults):
 
 def check(args):
     """Whether a data set may be trained on; returns the exit status."""
+    from model import PRESETS
     key_frame = args.dataset == "ava" or args.key_frames
     config = replace(PRESETS.get(args.dataset, PRESETS["ucf"]), key_frame=key_frame)
     if args.every is None:

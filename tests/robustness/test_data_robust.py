@@ -88,7 +88,7 @@ def test_missing_videos_are_refused_and_left_out_on_demand(tmp_path, capsys):
     with pytest.raises(ValueError, match="(?s)without frames and without a file.*gone"):
         build_dataset("custom", tmp_path, "train", UCF)
     dataset = build_dataset("custom", tmp_path, "train", UCF, missing="leave out")
-    assert dataset.videos == ["a"] and "left out: gone" in capsys.readouterr().out
+    assert dataset.videos == ["a"] and "left out: 1 (gone)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, side, fold, message", [
