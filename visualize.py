@@ -72,7 +72,7 @@ class Detector:
     precision: torch.dtype | None = None        # of autocast, None without
 
 
-def detect(detector, clip, target, heads=None):
+def detect_clip(detector, clip, target, heads=None):
     """The model on one clip (3, T, H, W) -> (detections, attention).
 
     detections: `evaluate.rows` of the clip's frames, as (frames, A, ...) arrays. attention:
@@ -111,7 +111,7 @@ def find_actors(detector, clips, min_score):
     frames = {"number": [], "seconds": [], "size": None, "best": 0.0}
     parts = []
     for clip, target, _ in bar(clips, "finding tubes", unit="clip"):
-        part, _ = detect(detector, clip, target)
+        part, _ = detect_clip(detector, clip, target)
         for t in frame_slots(target):
             frames["number"].append(int(target["frame_ids"][t]))
             frames["seconds"].append(target["times"][t])
@@ -208,7 +208,7 @@ def frames_to_draw(detector, clips, actors, names, classes, heads, top):
     "all" or "content", None for no attention."""
     for clip, target, pictures in clips:
         if heads:
-            part, attention = detect(detector, clip, target, heads)
+            part, attention = detect_clip(detector, clip, target, heads)
         height, width = target["size"].tolist()
         for row, t in enumerate(frame_slots(target)):
             number = int(target["frame_ids"][t])
@@ -307,8 +307,8 @@ def resize(picture, size):
     """A picture (H, W, 3) as an image of another size; where that is a whole multiple, pixels are
     repeated."""
     whole = size[0] % picture.shape[0] == 0 and size[1] % picture.shape[1] == 0
-    filter = Image.Resampling.NEAREST if whole else Image.Resampling.BILINEAR
-    return Image.fromarray(picture).resize((size[1], size[0]), filter, reducing_gap=1.0)
+    method = Image.Resampling.NEAREST if whole else Image.Resampling.BILINEAR
+    return Image.fromarray(picture).resize((size[1], size[0]), method, reducing_gap=1.0)
 
 
 def upsample(maps, size):
@@ -434,9 +434,10 @@ def font(size):
     return ImageFont.truetype(font_file(), size)
 
 
+@lru_cache
 def drawable(names):
-    """Class names as they can be drawn: letters that the font lacks are left out, and "class 3"
-    stands where none is left. Says once which names that changes."""
+    """A tuple of class names as they can be drawn: letters that the font lacks are left out, and
+    "class 3" stands where none is left. Says, once, which names that changes."""
     from matplotlib.ft2font import FT2Font
     letters, drawn, changed = FT2Font(font_file()).get_charmap(), [], []
     for number, name in enumerate(names, 1):
@@ -549,9 +550,10 @@ def draw_moment(dataset, moment):
     if "cause" in moment:
         boxes, colours = [moment["box"], moment["cause"]], [COLOURS[0], WHITE]
     boxes = np.stack(boxes) * (size[1], size[0], size[1], size[0])
+    names = drawable(tuple(dataset.class_names))
     panels = [(f"{target['video']}, frame {int(target['frame_ids'][moment['t']])}", picture)]
     for label in moment["labels"]:
-        title = f"{dataset.class_names[label]} {moment['scores'][label]:.2f}"
+        title = f"{names[label]} {moment['scores'][label]:.2f}"
         if label == moment.get("context"):
             title += f", {moment['share']:.2f} on its cause"
         panels.append((title, shine(picture, upsample(moment["maps"][[label]], size), COLOURS[:1])))
@@ -826,8 +828,8 @@ def show(detector, clips, video, rate, out, names, classes, args):
     on_sheet = np.linspace(0, count - 1, SHEET_FRAMES).astype(int).tolist()
 
     def pictures():
-        to_draw = frames_to_draw(detector, clips(args.maps), actors, drawable(names), classes,
-                                 args.heads if args.maps else None, args.top)
+        to_draw = frames_to_draw(detector, clips(args.maps), actors, drawable(tuple(names)),
+                                 classes, args.heads if args.maps else None, args.top)
         for number, frame in enumerate(bar(to_draw, "drawing", total=count, unit="frame")):
             if number in on_sheet:
                 sheet.append(draw_frame(frame, args.width // 2 - GAP))

@@ -26,7 +26,7 @@ BAND = 22                                                               # pixels
 
 class LooksAt(nn.Module):
     """Two actors, the first doing classes 0 and 2, the second class 1; its attention is one cell
-    for each class."""
+    for each class, and the middle one where the second actor is asked about class 0."""
 
     def __init__(self, cells=((0, 0), (4, 6), (0, 6)), drift=0.0):
         super().__init__()
@@ -47,6 +47,7 @@ class LooksAt(nn.Module):
             maps = torch.zeros(4, 3, *CELLS)
             for label, (i, j) in enumerate(self.cells):
                 maps[2:, label, i, j] = 0.01
+            maps[3, 0] = torch.eye(35)[17].view(CELLS)
             out["attention"] = maps.expand(1, frames, *maps.shape)
         return out
 
@@ -95,12 +96,13 @@ def test_attention_panels_shine_where_the_model_looks_in_the_colour_of_the_actor
     assert frames["number"] == list(range(1, 9)) and frames["seconds"] == [i / 4 for i in range(8)]
     assert frames["size"] == [60, 80]
     assert pictures[0].shape == (360 + BAND, 4 * 480, 3)                # 60 x 80, six times
-    both = np.add(*visualize.COLOURS[:2])                               # both actors look there
+    one, both = visualize.COLOURS[0], np.add(*visualize.COLOURS[:2])    # actors who look there
     for panel, (i, j) in enumerate(LooksAt().cells, 1):
         frame = pictures[0][BAND:, panel * 480:(panel + 1) * 480].astype(float)
         corners = {(y, x): frame[y * 340:, x * 460:][:20, :20].mean((0, 1))
                    for y in (0, 1) for x in (0, 1)}
-        np.testing.assert_allclose(corners.pop((i // 4, j // 6)), both.clip(max=255), atol=40)
+        lit, expected = corners.pop((i // 4, j // 6)), one if panel == 1 else both.clip(max=255)
+        np.testing.assert_allclose(lit, expected, atol=40)
         assert all(dark.sum() < 5 for dark in corners.values())
 
 
@@ -150,8 +152,8 @@ def test_content_heads_are_those_of_split_heads():
     with torch.no_grad():
         heads = model(clip[None], return_attention="heads")["attention"][0].numpy()
     detector = visualize.Detector(model, config, torch.device("cpu"))
-    content = visualize.detect(detector, clip, target, "content")[1]
-    every = visualize.detect(detector, clip, target, "all")[1]
+    content = visualize.detect_clip(detector, clip, target, "content")[1]
+    every = visualize.detect_clip(detector, clip, target, "all")[1]
     half = config.num_heads // 2
     np.testing.assert_allclose(content, heads[:, :, :, :half].mean(3), atol=1e-6)
     np.testing.assert_allclose(every, heads.mean(3), atol=1e-6)
