@@ -19,7 +19,6 @@ resumed run draws what the uninterrupted one would have drawn.
 
 import csv
 import ctypes
-import difflib
 import inspect
 import json
 import math
@@ -42,7 +41,8 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 import visualize
-from model import PRESETS, Config, config_from_dict, load_backbone, override, read_checkpoint
+from backbone import load_backbone, strip_prefixes
+from model import PRESETS, Config, config_from_dict, override, read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -145,10 +145,10 @@ class Signals:
 
 
 def ignore_signals(_):
-    """For a loading process: terminals and schedulers send signals to it as well, but the step that
-    is taken needs its clips. It ends when the process that started it lets it go, or ends."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """For a loading process: terminals and schedulers send it signals too, but the step needs its
+    clips. The second SIGTERM ends it: by then the process that started it has met the first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -207,9 +207,9 @@ def choose_settings(args, saved):
         settings["quick_share"] = 0.25 if dataset == "synthetic" else 0.0
 
     if not saved:
-        return settings, change_config(PRESETS[settings["preset"]], args.set)
+        return settings, override(PRESETS[settings["preset"]], args.set)
     before = config_from_dict(saved["config"])
-    config = change_config(before, args.set)
+    config = override(before, args.set)
     for name in KEPT_FIELDS:
         if getattr(config, name) != getattr(before, name):
             raise ValueError(f"--set {name}={getattr(config, name)}: this run has "
@@ -222,22 +222,6 @@ def default_preset(dataset):
     if dataset == "custom":
         return "ucf"
     return dataset
-
-
-def change_config(config, assignments):
-    """model.override; for an unknown name the nearest ones are said, and sizes are checked."""
-    names = [field.name for field in fields(Config)]
-    for assignment in assignments:
-        name = assignment.partition("=")[0]
-        if name not in names:
-            near = ", ".join(difflib.get_close_matches(name, names)) or "none is near"
-            raise ValueError(f"--set {assignment}: Config has no field {name!r}; nearest: {near}. "
-                             "--list-fields shows all and what they mean")
-    config = override(config, assignments)
-    for name in ("resize_size", "crop_size", "test_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--set {name}={getattr(config, name)}: must be at least 1")
-    return config
 
 
 def list_fields(config):
@@ -312,7 +296,7 @@ def first_weights(model, args, settings, class_names):
     comes with the synthetic set. --stage-one: encoder and decoder beside these.
     """
     if args.init:
-        return start_from(model, args.init, class_names)
+        return start_from(model, args.init, class_names, preset=args.preset)
     backbone = args.backbone_weights
     drawn = settings["dataset"] == "synthetic" and model.config.backbone == "conv"
     if backbone is None and drawn and STEM.is_file():
@@ -326,20 +310,21 @@ def first_weights(model, args, settings, class_names):
     else:
         said = "random weights"
     if args.stage_one:
-        said += "; " + start_from(model, args.stage_one, class_names, stage_two=True)
+        said += "; " + start_from(model, args.stage_one, class_names, True, args.preset)
     return said
 
 
-def start_from(model, path, class_names, stage_two=False):
+def start_from(model, path, class_names, stage_two=False, preset=None):
     """A checkpoint's weights, this project's or the authors', into the model -> words that say what
     was taken.
 
     All of them, for fine-tuning; for stage two all but the backbone's and the neck's: encoder,
     decoder, box head, anchors. Class queries (or a linear class head) only if the classes are the
-    same. ValueError, the model as it was, if anything else does not fit.
+    same. ValueError, the model as it was, if anything else does not fit. preset: of a file that
+    holds nothing but tensors.
     """
-    checkpoint = read_checkpoint(path)
-    weights = checkpoint["model"]
+    checkpoint = read_checkpoint(path, preset)
+    weights = strip_prefixes(checkpoint["model"])
     own = model.state_dict()
     same_classes = checkpoint.get("classes") in (None, list(class_names))   # None: it does not say
     taken = {}
