@@ -1,606 +1,311 @@
-"""The data sets of Sec. 5.1 as clips with targets: UCF101-24, JHMDB51-21, AVA v2.2, one's own, the synthetic default.
+"""The data sets of Sec. 5.1 as clips with targets: UCF101-24, JHMDB51-21, AVA v2.2, your own data
+(docs/own_data.md) and the synthetic default.
 
-Every data set is read into one table (`Table`): M boxes, each with its video, frame, actor and labels. A clip is T
-slots of a video's frames; a slot before the first or behind the last frame repeats that frame and is False in
-target["frames"]: it counts nowhere. Untrimmed videos are tiled by ceil(n / T) clips, so that every frame is in exactly
-one; key-frame presets (AVA) take a clip around each annotated key frame, with T = 1 in the target.
+beside/sources.py reads what lies on disk into one table of boxes, whatever the data set. This file
+makes clips of T frames of it, at a temporal stride (T x tau in Tables 5 and 6):
 
-`dataset[i]` is (clip, target): clip (3, T, H, W) float32, normalised by ImageNet's mean and deviation; target a dict of
-  boxes     (N, T, 4) float32  cx, cy, w, h in [0, 1] of the clip's frame, clipped to it; zeros where not present
-  present   (N, T) bool        the actor has a box in that frame (and more than a sliver of it is in the training crop)
-  labels    (N, T, C) float32  0 or 1
-  frames    (T,) bool          False on temporal padding
-  frame_ids (T,) int64         1-based numbers in the video; for AVA the second of the key frame
-  size      (2,) int64         height and width whose pixels the annotation counts
-  video     str
+    UCF101-24, JHMDB51-21   annotated at every frame, and a clip gives a whole tube: a video of n
+                            frames is tiled by ceil(n / T) clips, so that each frame is in one;
+    AVA v2.2                annotated once a second: a clip around each key frame, whose target has
+                            T = 1.
 
-Augmentation: flip, crop and colour jitter, drawn once per clip and uniform, by a numpy generator that is seeded by one
-draw of torch's: they follow torch.manual_seed and torch's random state, in the workers of a DataLoader too.
-Departure: colours are changed in float32 without rounding in between, so that a jitter of zero changes nothing.
+A slot of a clip before a video's first frame or behind its last repeats that frame and is False in
+target["frames"]: it is ignored by loss and metrics.
+
+`dataset[i]` is (clip, target): clip (3, T, H, W) uint8, which the model normalises; target a dict
+
+    boxes        (N, T, 4) float32  cx, cy, w, h in [0, 1] of the clip, cut to it; 0 if not present
+    present      (N, T) bool        the actor has a box in this frame and the clip shows some of it
+    labels       (N, T, C) float32  0 or 1
+    frames       (T,) bool          False on temporal padding
+    frame_ids    (T,) int64         1-based numbers in the video; of AVA the key frame's second
+    size         (2,) int64         height and width whose pixels the annotation counts
+    video        str                the video's name
+    video_index  int                its place in dataset.videos
+
+A data set has name, videos, class_names, class_groups ({} where classes have none), clip_videos
+(K,), the place in `videos` of each clip's video, `augment` and ground_truth().
+
+Augmentation, of which the paper says nothing, is the released model's: flip, crop and colour
+jitter, each uniform and drawn once a clip. The generator is numpy's, seeded by one draw of torch's,
+so it follows torch.manual_seed, in the workers of a DataLoader too. Departure: colours are changed
+in float32 and rounded once, so that a jitter of zero changes nothing.
 """
-# B clips, T frames, N actors in a clip, C classes, M boxes of a table, V videos, K clips, R rows, H x W pixels
+# B clips of a batch, K of a data set, T frames, N actors in a clip, C classes, H x W pixels
+# V videos, M boxes of a table, R of them in a clip
 
-import csv
 import os
-import pickle
-import re
-from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
-from scipy.io import loadmat
 
+from beside.sources import AVA_RATE, AVA_START, read_dataset
 from beside.synthetic import SyntheticDataset
 
-MEAN = np.float32([0.485, 0.456, 0.406]) * 255     # ImageNet's, of 8-bit colours
-STD = np.float32([0.229, 0.224, 0.225]) * 255
-VIDEO_KEY = 1_000_000              # a frame's key over all videos: index of the video * VIDEO_KEY + number of the frame
-AVA_RATE, AVA_START, AVA_LENGTH = 30, 900, 901     # frames a second, from this second of the film on, for so many
-AVA_SECONDS = (902, 1798)          # the first and last that are annotated
-UCF_CLASSES = """Basketball BasketballDunk Biking CliffDiving CricketBowling Diving Fencing FloorGymnastics GolfSwing
-HorseRiding IceDancing LongJump PoleVault RopeClimbing SalsaSpin SkateBoarding Skiing Skijet SoccerJuggling Surfing
-TennisSwing TrampolineJumping VolleyballSpiking WalkingWithDog""".split()
-FRAME_FOLDERS = ("rgb-images", "Frames", "Rename_Images", "frames", "rawframes")
-FRAME_PATTERNS = ("{:05d}.jpg", "{:05d}.png", "img_{:05d}.jpg", "{stem}_{:06d}.jpg")   # last two: mmaction2, SlowFast
-VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".webm", ".mov")
 
+# ---- which frames ----
 
-@dataclass
-class Table:
-    """One annotation for all data sets: V videos and M boxes, sorted by video, then frame."""
-    classes: list                  # C names
-    videos: list                   # V names
-    num_frames: np.ndarray         # (V,) int64
-    size: np.ndarray               # (V, 2) int64, height and width whose pixels boxes count
-    video: np.ndarray              # (M,) int64, index of the video
-    frame: np.ndarray              # (M,) int64, 1-based number in the video; where `seconds`, AVA's second
-    actor: np.ndarray              # (M,) int64, the same for the boxes of one actor
-    box: np.ndarray                # (M, 4) float32: x1, y1, x2, y2
-    label: np.ndarray              # (M, C) bool
-    key_frames: np.ndarray         # (K,) int64, video * VIDEO_KEY + frame: all annotated, also without boxes
-    seconds: bool                  # frames are numbered by AVA's seconds
-    problems: list                 # faults, a line each; a table that has some is not for training
-    source: str                    # what was read, in words
+def tile(num_frames, frames, stride=1):
+    """First slots (K,) of the clips that tile a video; slot i is frame first + i * stride, from 0.
 
-
-def tabulate(classes, videos, num_frames, size, rows, source, persons=True, seconds=False, problems=()):
-    """The table of rows (R, 8): index of the video, frame, person, x1, y1, x2, y2, class id (from 1).
-
-    Rows that differ in nothing but the class are one box with several labels; a row that is NaN from the person on is a
-    frame with nobody in it. persons: the boxes of one person are one actor; otherwise each box is an actor of its own.
+    ceil(n / T) clips, the overhang split between front (the smaller half) and back. At a stride of
+    s, stretches of T * s frames are taken in s phases: there, too, each frame is in one clip.
     """
-    num_frames, size = np.array(num_frames, np.int64), np.array(size, np.int64).reshape(-1, 2)
-    key_frames = np.unique(rows[:, 0] * VIDEO_KEY + rows[:, 1]).astype(np.int64)
-    rows = rows[~np.isnan(rows[:, 2:]).all(axis=1)]
-    problems = [*problems, *row_problems(videos, num_frames, size, rows, len(classes), seconds)]
-    rows = rows[np.isin(rows[:, 7], np.arange(len(classes)) + 1)]
-    rows = rows[np.lexsort(rows.T[::-1])]                                          # by the columns, the first one first
-    new = (np.diff(rows[:, :7], axis=0, prepend=np.nan) != 0).any(axis=1)          # (R,) another than the row before
-    boxes = rows[new]                                                              # (M, 8)
-    label = np.zeros((len(boxes), len(classes)), bool)
-    label[np.cumsum(new) - 1, rows[:, 7].astype(np.int64) - 1] = True
-    video, frame = boxes[:, :2].astype(np.int64).T
-    actor = video * VIDEO_KEY + np.unique(boxes[:, 2], return_inverse=True)[1] if persons else np.arange(len(boxes))
-    twice = np.flatnonzero(persons & (np.diff(boxes[:, :3], axis=0) == 0).all(axis=1))
-    problems += [f"{videos[video[r]]} frame {frame[r]}: person {boxes[r, 2]:g} has two boxes" for r in twice]
-    if not len(boxes):
-        problems.append("the annotation has no boxes")
-    return Table(list(classes), list(videos), num_frames, size, video, frame, actor, boxes[:, 3:7].astype(np.float32),
-                 label, key_frames, seconds, problems, source)
-
-
-def row_problems(videos, num_frames, size, rows, num_classes, seconds):
-    """A line for each fault of rows (R, 8), see `tabulate`, and for each video without frames."""
-    video, frame, low, high = rows[:, 0].astype(np.int64), rows[:, 1], rows[:, 3:5], rows[:, 5:7]  # (R,) x 2, (R, 2) x 2
-    extent, count = size[video][:, ::-1], num_frames[video]                        # (R, 2) width and height, (R,)
-    first, last = AVA_SECONDS if seconds else (1, count)
-    slack = 0.005                  # annotations that count pixels from 1 may end one pixel outside
-    unknown = ~np.isin(rows[:, 7], np.arange(num_classes) + 1)
-    faults = {"has a coordinate that is not a number": ~np.isfinite(rows[:, 3:7]).all(axis=1),
-              "has x2 <= x1 or y2 <= y1": (high <= low).any(axis=1),
-              "lies outside of the frame": ((low < -slack * extent) | (high > (1 + slack) * extent)).any(axis=1),
-              "is of a frame that is not in the video": (frame < first) | (frame > last),
-              f"has a class id that is not in the class list (1 to {num_classes})": unknown}
-    lines = [f"{videos[v]}: the video has no frames" for v in np.flatnonzero(num_frames < 1)]
-    return lines + [f"{videos[video[r]]} frame {frame[r]:g}: box {rows[r, 3:7].tolist()}, class {rows[r, 7]:g}, {fault} "
-                    f"(of {extent[r, 0]}x{extent[r, 1]}, {count[r]} frames)"
-                    for fault, found in faults.items() for r in np.flatnonzero(found)]
-
-
-def tube_rows(frames, boxes, class_id):
-    """Rows (n, 6) of a tube with frames (n,) and boxes (n, 4): frame, x1, y1, x2, y2, class id (from 1)."""
-    rows = np.empty((len(frames), 6))
-    rows[:, 0], rows[:, 1:5], rows[:, 5] = frames, boxes, class_id
-    return rows
-
-
-def read_annots_mat(path):
-    """finalAnnots.mat of the corrected UCF101-24 -> {video: (number of frames, size, rows as of `tube_rows` per tube)}.
-
-    x, y, w, h (x, y from 1) -> x, y, x + w, y + h, not shifted.
-    """
-    try:
-        annotated = {}
-        for entry in loadmat(path)["annot"][0]:
-            tubes = []
-            for tube in entry["tubes"].reshape(-1):                                # (1, tubes) -> (tubes,)
-                boxes = tube["boxes"].astype(np.float64).reshape(-1, 4)            # as uint8, x + w would overflow
-                boxes[:, 2:] += boxes[:, :2]
-                tubes.append(tube_rows(np.arange(tube["sf"].item(), tube["ef"].item() + 1), boxes, tube["class"].item()))
-            annotated[str(entry["name"][0])] = entry["num_imgs"].item(), (240, 320), tubes
-        return annotated
-    except Exception as error:      # whatever the reader raises on a damaged or foreign file
-        raise ValueError(f"{path} cannot be read ({error!r}); get finalAnnots.mat again") from error
-
-
-# All that a pickle of numpy arrays names; numpy moved its modules in version 2.
-ADMITTED = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): str.encode}
-for _core in ("numpy.core", "numpy._core"):
-    ADMITTED[_core + ".multiarray", "_reconstruct"] = np.zeros(1).__reduce__()[0]
-    ADMITTED[_core + ".multiarray", "scalar"] = np.float64(0).__reduce__()[0]
-    ADMITTED[_core + ".numeric", "_frombuffer"] = np.zeros(1).__reduce_ex__(5)[0]
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Admits numpy arrays and plain containers; anything else that a pickle names is an error and is not executed."""
-
-    def find_class(self, module, name):
-        if (module, name) not in ADMITTED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which was not executed")
-        return ADMITTED[module, name]
-
-
-def read_gttubes(path):
-    """JHMDB-GT.pkl or UCF101v2-GT.pkl -> (class names, its splits: a list of training and test videos each, and videos
-    as of `read_annots_mat`)."""
-    try:
-        with open(path, "rb") as file:
-            content = PlainUnpickler(file, encoding="latin1").load()
-        annotated = {}
-        for video, count in content["nframes"].items():
-            tubes = [tube_rows(tube[:, 0], tube[:, 1:], label + 1)                 # (n, 5): frame and box
-                     for label, several in content["gttubes"].get(video, {}).items() for tube in several]
-            annotated[video] = count, content["resolution"][video], tubes
-        return content["labels"], list(zip(content["train_videos"], content["test_videos"])), annotated
-    except Exception as error:      # whatever a damaged or foreign pickle makes it raise
-        raise ValueError(f"{path} is no annotation of numpy arrays and plain containers: {error!r}; "
-                         "get it again from where the data set is published") from error
-
-
-def read_list(path):
-    """The lines of a list file that are not blank; of a video's file name the stem."""
-    return [line.strip().removesuffix(".avi") for line in path.read_text().splitlines() if line.strip()]
-
-
-def read_rows(path):
-    """A csv of AVA's columns -> (video names (R,), rows (R, 8) without their first column, the video, problems)."""
-    names, rows, problems = [], [], []
-    with open(path, newline="") as file:
-        for line, row in enumerate(csv.reader(file), 1):
-            try:
-                if len(row) not in (2, 8):
-                    raise ValueError(f"{len(row)} columns, not 8 (video, frame, x1, y1, x2, y2, class id, person) "
-                                     "nor the first 2 of them, for a frame with nobody in it")
-                if not float(row[1]).is_integer():
-                    raise ValueError(f"frame {row[1]!r} is no whole number")
-                frame, *box, label, person = map(float, [*row[1:], *["nan"] * (8 - len(row))])
-                rows.append((np.nan, frame, person, *box, label))
-                names.append(row[0])
-            except ValueError as error:
-                problems.append(f"{path} row {line}: {error}")
-    return np.array(names, str), np.array(rows).reshape(-1, 8), problems
-
-
-def read_label_map(path):
-    """{id: name} of a .pbtxt label map such as AVA's."""
-    items = re.findall(r'name:\s*"([^"]*)"\s*(?:label_)?id:\s*(\d+)', path.read_text())
-    if not items:
-        raise ValueError(f"{path} has no item {{ name: ... id: ... }}; it is no label map")
-    return {int(number): name for name, number in items}
-
-
-@lru_cache(maxsize=None)
-def frame_stamps(path, rate=None):
-    """Time stamp (n,) of each frame of a video file, in the order they are shown and in the file's unit of time.
-
-    rate: as AVA's frames are taken: so many a second, from AVA_START on where the file is the whole film, each time the
-    nearest frame.
-    """
-    import av
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            stamps = [packet.pts for packet in container.demux(stream) if packet.size]
-            if None in stamps or len(set(stamps)) < len(stamps):       # as in some .avi files: only decoding tells
-                container.seek(0)
-                stamps = [frame.pts for frame in container.decode(stream)]
-            stamps, unit = np.sort(np.array(stamps, np.int64)), float(stream.time_base)
-    except (av.FFmpegError, IndexError, TypeError) as error:           # no pictures in it; no time stamps
-        raise OSError(f"cannot read the video {path}: {error}; is it whole, and are there pictures in it?") from error
-    if rate and len(stamps):
-        seconds = (stamps[-1] - stamps[0]) * unit
-        begin = AVA_START if seconds > AVA_LENGTH + 1 else 0
-        count = int(min(seconds - begin, AVA_LENGTH) * rate + 1)
-        wanted = stamps[0] + (begin + np.arange(count) / rate) / unit
-        stamps = stamps[np.searchsorted((stamps[1:] + stamps[:-1]) / 2, wanted)]
-    return stamps
-
-
-def decode(path, index, rate=None):
-    """Images of the 0-based frames `index` (ascending) of a video file; no more than what lies between is decoded."""
-    import av
-    stamps, images = frame_stamps(path, rate), {}
-    if len(stamps) <= index[-1]:
-        raise OSError(f"{path} has {len(stamps)} frames, frame {index[-1] + 1} is annotated; is it another cut?")
-    wanted = set(stamps[index].tolist())
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            if index[0] >= 32:     # to a key frame before; by the order of decoding, which runs ahead of what is shown
-                container.seek(int(stamps[index[0] - 32]), stream=stream)
-            for frame in container.decode(stream):
-                if frame.pts in wanted:
-                    images[frame.pts] = frame.to_image()
-                if len(images) == len(wanted):
-                    return [images[stamp] for stamp in stamps[index].tolist()]
-    except av.FFmpegError as error:
-        raise OSError(f"cannot decode {path} between its frames {index[0] + 1} and {index[-1] + 1}: {error}") from error
-    raise OSError(f"cannot decode {path}: {len(wanted) - len(images)} frames from {index[0] + 1} on are lost; damaged?")
-
-
-def read_image(path, expected, least=(4096, 4096)):
-    """A frame's file as an RGB image; a JPEG above twice `least` (width, height) is decoded at a half or less."""
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (2 * least[0], 2 * least[1]))
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"frames missing: {path} ({expected} expected, {len([*path.parent.glob('*')])} found); "
-                                "extract them with python -m tools.prepare extract") from None
-    except (OSError, SyntaxError) as error:         # Pillow raises SyntaxError for a broken PNG
-        raise OSError(f"cannot read the image {path}: {error}; extract it again") from error
-
-
-@dataclass
-class Media:
-    """Where the pixels of a data set are, as found by looking: a tree of frames, or else video files."""
-    root: Path
-    folder: str = ""               # of the frames, below root
-    pattern: str = ""              # of a frame's file name, in the folder of its video
-    files: dict = field(default_factory=dict)      # video -> file, where there is no tree of frames
-    rate: int | None = None        # frames a second to take from a file; None: all
-
-    def __str__(self):
-        if self.pattern:
-            return f"frames {self.root}/{self.folder}/<video>/{self.pattern}"
-        return f"{len(self.files)} video files" if self.files else f"NO frames or videos below {self.root}"
-
-    def path(self, video, number):
-        """File of a frame, counted from 1."""
-        return self.root / self.folder / video / self.pattern.format(number, stem=Path(video).name)
-
-    def read(self, video, index, expected=1, least=(4096, 4096)):
-        """RGB images of the 0-based frames `index` (ascending) of a video that should have `expected` frames."""
-        if self.pattern:
-            return [read_image(self.path(video, int(i) + 1), expected, least) for i in index]
-        if video in self.files:
-            return decode(self.files[video], index, self.rate)
-        raise FileNotFoundError(f"no frames and no video file of {video} below {self.root} (frames are looked for in "
-                                f"{', '.join(FRAME_FOLDERS)}); is it the data set's folder (--data)?")
-
-    def count(self, video):
-        """Number of the last frame that there is of a video, 0 without any."""
-        if video in self.files:
-            return len(frame_stamps(self.files[video], self.rate))
-        folder, suffix = self.path(video, 1).parent, Path(self.pattern).suffix
-        names = os.listdir(folder) if self.pattern and folder.is_dir() else ()
-        last = max((name for name in names if name.endswith(suffix)), default="0")
-        return int(re.findall(r"\d+", last)[-1])
-
-    def size(self, video):
-        """(height, width) of the first frame of a video as it is stored."""
-        return self.read(video, np.zeros(1, np.int64))[0].size[::-1]
-
-
-def find_media(root, videos, rate=None):
-    """Looks below root for frames of these videos in one of the layouts known here, or else for their files."""
-    for folder in FRAME_FOLDERS:
-        for video in videos if (root / folder).is_dir() else ():
-            for pattern in FRAME_PATTERNS if (root / folder / video).is_dir() else ():
-                if (media := Media(root, folder, pattern)).path(video, 1).exists():
-                    return media
-    found = {name: path for path in video_files(root) for name in (path.stem, f"{path.parent.name}/{path.stem}")}
-    files = {video: found.get(video) or found.get(Path(video).name) for video in videos}
-    return Media(root, files={video: path for video, path in files.items() if path}, rate=rate)
-
-
-def video_files(root):
-    """The video files below a folder, in order; trees of frames are not searched."""
-    found = []
-    for place, folders, names in os.walk(root, followlinks=True):
-        folders[:] = set(folders) - set(FRAME_FOLDERS)
-        found += [Path(place, name) for name in names if name.lower().endswith(VIDEO_SUFFIXES)]
-    return sorted(found)
-
-
-def find_file(root, *names, needed=True):
-    """The first of these files that is in root or root/annotations; None where there is none and none is needed."""
-    for path in (folder / name for name in names for folder in (root, root / "annotations")):
-        if path.is_file():
-            return path
-    if needed:
-        raise FileNotFoundError(f"{' or '.join(names)} missing in {root} and {root}/annotations; "
-                                "is it the data set's folder (--data)?")
-
-
-def read_tube_set(name, root, split, train):
-    """UCF101-24 or JHMDB51-21: the table of the training or test videos of a split, and where their pixels are."""
-    path = find_file(root, *(["JHMDB-GT.pkl"] if name == "jhmdb" else ["finalAnnots.mat", "UCF101v2-GT.pkl"]))
-    if path.suffix == ".mat":
-        annotated = read_annots_mat(path)
-        test, listed = read_list(find_file(root, "testlist01.txt")), find_file(root, "trainlist01.txt", needed=False)
-        train_list = read_list(listed) if listed else sorted({*annotated} - {*test})
-        classes, splits = UCF_CLASSES, [([name.split(".avi")[0] for name in train_list], test)]
-    else:
-        classes, splits, annotated = read_gttubes(path)
-    if split not in range(1, len(splits) + 1):
-        raise ValueError(f"{name} has the splits 1 to {len(splits)}, not {split!r}; choose one with --split")
-    listed = dict.fromkeys(splits[split - 1][0 if train else 1])
-    chosen = [video for video in listed if video in annotated]
-    tubes = [(i, tube) for i, video in enumerate(chosen) for tube in annotated[video][2]]
-    rows = [np.zeros((0, 8)), *(np.insert(tube, [0, 1], (i, person), axis=1) for person, (i, tube) in enumerate(tubes))]
-    num_frames, size = ([annotated[video][fact] for video in chosen] for fact in (0, 1))
-    source = f"{path}, {len(listed) - len(chosen)} of the {len(listed)} listed videos not annotated and left out"
-    return tabulate(classes, chosen, num_frames, size, np.concatenate(rows), source), find_media(root, chosen)
-
-
-def read_csv_set(name, root, split, key_frame):
-    """AVA v2.2 or a data set of one's own (docs/own_data.md): the table of a split, and where its pixels are."""
-    ava = name == "ava"
-    if split not in ("train", "val"):
-        raise ValueError(f'the splits of {name} are "train" and "val", not {split!r}; choose one with --split')
-    path = find_file(root, f"ava_{split}_v2.2.csv" if ava else "annotations.csv")
-    names, rows, problems = read_rows(path)
-    if ava:
-        if not key_frame:
-            raise ValueError("ava is annotated at key frames only; use a preset of key frames (--set key_frame=true)")
-        label_map = find_file(root, "ava_action_list_v2.2.pbtxt", "ava_action_list_v2.2_for_activitynet_2019.pbtxt")
-        named = read_label_map(label_map)
-        classes = [named.get(i, f"action {i}") for i in range(1, 81)]
-        extra = find_file(root, f"ava_{split}_excluded_timestamps_v2.2.csv", needed=False)
-        left_out = {(line[0], float(line[1])) for line in csv.reader(extra.open()) if line} if extra else set()
-        kept = np.array([key not in left_out for key in zip(names.tolist(), rows[:, 1])], bool)
-    else:
-        classes, extra = read_list(find_file(root, "classes.txt")), find_file(root, "val.txt")
-        kept = np.isin(names, read_list(extra)) == (split == "val")
-        problems += [f"{extra}: {video} is not in {path}" for video in {*read_list(extra)} - {*names.tolist()}]
-    videos, index = np.unique(names[kept], return_inverse=True)
-    videos, rows = videos.tolist(), rows[kept]
-    media = find_media(root, videos, AVA_RATE if ava else None)
-    absent = ava and not media.pattern and not media.files             # the annotation alone: boxes stay shares
-    num_frames = [AVA_LENGTH * AVA_RATE if absent else media.count(video) for video in videos]
-    size = np.array([(1, 1) if absent else media.size(video) for video in videos]).reshape(-1, 2)
-    rows[:, 0] = index
-    rows[:, 3:7] *= size[index][:, [1, 0, 1, 0]]                                   # from shares of a frame to pixels
-    source = f"{path} without {(~kept).sum()} rows by {extra or 'no list of excluded seconds'}"
-    return tabulate(classes, videos, num_frames, size, rows, source, not key_frame, ava, problems), media
-
-
-def read_dataset(name, root, split, key_frame, train):
-    """(table, media) of a data set in a folder, the annotation's faults in table.problems; raises if unreadable."""
-    if name not in ("ucf", "jhmdb", "ava", "custom"):
-        raise ValueError(f"no data set {name!r}; there are synthetic, ucf, jhmdb, ava and custom (docs/own_data.md)")
-    if not root or not Path(root).is_dir():
-        raise FileNotFoundError(f"--data {root}: no such folder; it holds annotation and frames (or videos) of {name}")
-    if name in ("ucf", "jhmdb"):
-        return read_tube_set(name, Path(root), split, train)
-    return read_csv_set(name, Path(root), split, key_frame)
-
-
-def tile(num_frames, frames, rate=1):
-    """First slots (K,) of the clips that tile a video; slot i of a clip is the 0-based frame first + i * rate.
-
-    ceil(n / T) clips, the overhang split between front (the smaller half) and back. At a rate of r, stretches of T * r
-    frames are taken in r phases: each frame is in exactly one clip there, too.
-    """
-    span = frames * rate
+    span = frames * stride
     count = -(-num_frames // span)
     front = (count * span - num_frames) // 2
-    first = (np.arange(count)[:, None] * span - front + np.arange(rate)).reshape(-1)               # (count * rate,)
-    slots = first[:, None] + np.arange(frames) * rate                                              # (count * rate, T)
-    return first[((slots >= 0) & (slots < num_frames)).any(axis=1)]
+    first = np.arange(count)[:, None] * span - front + np.arange(stride)   # (count, stride)
+    first = first.reshape(-1)                                              # (count * stride,)
+    slots = first[:, None] + np.arange(frames) * stride                    # (count * stride, T)
+    inside = (slots >= 0) & (slots < num_frames)
+    return first[inside.any(axis=1)]
+
+
+# ---- how they are seen ----
+
+@dataclass
+class Transform:
+    """What happens to the frames of a clip and to their boxes, in this order."""
+    resized: tuple                 # to width, height
+    crop: tuple                    # to x, y, width, height of the resized frame
+    jitter: tuple = (0, 0, 0)      # added to hue (of 180), saturation and value (of 255)
+    channels: tuple = (0, 1, 2)    # the order of the colours
+    flip: bool = False             # left to right
 
 
 def fit(size, short):
-    """(width, height) of a frame of `size` (height, width) at this short side, the long side rounded down."""
+    """(width, height) of a frame of `size` (height, width) with this short side; the long side is
+    rounded down."""
     height, width = map(int, size)
-    return (short * width // height, short) if width >= height else (short, short * height // width)
+    if width >= height:
+        return short * width // height, short
+    return short, short * height // width
 
 
-@dataclass
-class View:
-    """How the frames of a clip are seen: resized, cut to the crop, jittered, channels permuted, mirrored."""
-    resized: tuple                 # width, height
-    crop: tuple                    # x, y, width, height in the resized frame
-    jitter: tuple = (0, 0, 0)      # added to hue (of 180), saturation and value (of 255)
-    channels: tuple = (0, 1, 2)
-    flip: bool = False
-
-
-def draw_view(size, config, train):
-    """The view of a clip that is annotated in `size` (height, width); in training one draw of the augmentations."""
-    if not train:
+def draw_transform(size, config, augment):
+    """The transform of a clip annotated in `size` (height, width); augment: a random one."""
+    if not augment:
         resized = fit(size, config.test_size)
-        return View(resized, (0, 0, *resized))
-    random = np.random.default_rng(int(torch.randint(2 ** 62, ())))
+        return Transform(resized, (0, 0, *resized))
+    rng = np.random.default_rng(int(torch.randint(2 ** 62, ())))
     resized, crop = fit(size, config.resize_size), fit(size, config.crop_size)
-    corner = random.integers(np.subtract(resized, crop) + 1).tolist()
+    corner = rng.integers(np.subtract(resized, crop) + 1).tolist()
+    channels = rng.permutation(3).tolist() if config.permute_colours else (0, 1, 2)
     reach = np.array([config.jitter_hue, config.jitter_saturation, config.jitter_saturation])
-    channels = random.permutation(3).tolist() if config.permute_colours else (0, 1, 2)
-    return View(resized, (*corner, *crop), tuple(random.integers(-reach, reach + 1).tolist()), tuple(channels),
-                bool(random.random() < config.flip))
+    jitter = rng.integers(-reach, reach + 1).tolist()
+    flip = bool(rng.random() < config.flip)
+    return Transform(resized, (*corner, *crop), tuple(jitter), tuple(channels), flip)
 
 
 def jitter_colours(frame, shift):
-    """Changes a frame (3, H, W), 0..255, in place: adds `shift` to hue (of 180, cyclic), saturation and value (of 255).
+    """Adds `shift` to hue (of 180, cyclic), saturation and value (of 255) of a frame, in place.
 
-    Value is the largest channel v, chroma c is v less the smallest, saturation c / v; grey pixels have hue 0. Back: a
-    channel whose peak lies d sixths of the circle from the hue is v - c * clip(d - 1, 0, 1).
+    frame (3, H, W) float32, 0..255. Value is the largest channel v, chroma c is v less the
+    smallest, saturation c / v; grey pixels have hue 0. Back: a channel whose peak lies d sixths of
+    the circle from the hue is v - c * clip(d - 1, 0, 1).
     """
     red, green, blue = frame
-    value = np.maximum(np.maximum(red, green), blue)
+    tiny = np.float32(1e-3)
+    value = np.maximum(np.maximum(red, green), blue)                       # (H, W), as all below
     chroma = value - np.minimum(np.minimum(red, green), blue)
-    scale = 1 / np.maximum(chroma, np.float32(1e-3))
-    hue = np.where(value == red, (green - blue) * scale,                           # (H, W) in -1..5, before the shift
-                   np.where(value == green, 2 + (blue - red) * scale, 4 + (red - green) * scale)) + np.float32(shift[0] / 30)
-    saturation = np.clip(chroma / np.maximum(value, np.float32(1e-3)) + np.float32(shift[1] / 255), 0, 1)
+    scale = 1 / np.maximum(chroma, tiny)
+    from_red = (green - blue) * scale                                      # in sixths of the circle
+    from_green = 2 + (blue - red) * scale
+    from_blue = 4 + (red - green) * scale
+    hue = np.where(value == red, from_red, np.where(value == green, from_green, from_blue))
+    hue += np.float32(shift[0] / 30)
+    saturation = chroma / np.maximum(value, tiny) + np.float32(shift[1] / 255)
     value = np.clip(value + np.float32(shift[2]), 0, 255)
-    chroma = value * saturation
+    chroma = value * np.clip(saturation, 0, 1)
     for channel, peak in enumerate(np.float32([0, 2, 4])):
-        distance = np.abs(np.abs(hue - peak) - 3)                                  # to the opposite of the peak: 3 - d
+        distance = np.abs(np.abs(hue - peak) - 3)                          # 3 - d
         np.subtract(value, chroma * np.clip(2 - distance, 0, 1), out=frame[channel])
 
 
-def render(images, view):
-    """T images as seen through the view -> (3, T, H, W) float32, normalised.
+def render(images, transform):
+    """T images through the transform -> (3, T, H, W) uint8.
 
-    A frame that is not stored in the annotation's size is stretched to it. Only the part that the crop shows is
-    resized: the pixels are those of the resized frame's crop, as the filter sees what lies beside the part.
+    Images that are not stored in the annotation's size are stretched to it. Only the part that the
+    crop shows is resized, yet the filter sees what lies beside it: the pixels are those of the
+    resized frame's crop.
     """
-    x, y, width, height = view.crop
-    clip = np.empty((3, len(images), height, width), np.float32)
+    x, y, width, height = transform.crop
+    clip = np.empty((3, len(images), height, width), np.uint8)
     for t, image in enumerate(images):
-        part = np.array([x, y, x + width, y + height]) * np.tile(np.divide(image.size, view.resized), 2)
-        part = np.minimum(part, image.size * 2).tolist()                           # a tuple: width, height, twice
+        stored = np.array(image.size * 2)                                  # width, height, twice
+        part = np.array([x, y, x + width, y + height]) * stored / (transform.resized * 2)
+        part = np.minimum(part, stored).tolist()                           # rounding may exceed it
         image = image.resize((width, height), Image.Resampling.BICUBIC, box=part)
-        frame = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)      # (3, H, W)
-        if any(view.jitter):
-            jitter_colours(frame, view.jitter)
-        frame = frame[list(view.channels), :, ::-1 if view.flip else 1]
-        np.multiply(frame - MEAN[:, None, None], 1 / STD[:, None, None], out=clip[:, t])
+        frame = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))     # (3, H, W)
+        if any(transform.jitter):
+            frame = frame.astype(np.float32)
+            jitter_colours(frame, transform.jitter)
+            np.rint(frame, out=frame)
+        clip[:, t] = frame[list(transform.channels), :, ::-1 if transform.flip else 1]
     return torch.from_numpy(clip)
 
 
-def view_boxes(box, size, view):
-    """Boxes (M, 4), x1, y1, x2, y2 in pixels of `size` -> (cx, cy, w, h clipped to the crop, in shares of it; visible).
+def transform_boxes(boxes, size, transform):
+    """Boxes (R, 4), x1, y1, x2, y2 in pixels of `size` -> (shares (R, 4) float32, visible (R,)).
 
-    visible (M,) bool: a pixel or more is left of both sides.
+    shares: cx, cy, w, h of the part in the crop, in [0, 1] of the crop. visible: a pixel or more is
+    left of both sides.
     """
-    scale, crop = np.array(view.resized) / size[::-1], np.array(view.crop)         # in x and y
-    corners = (box.reshape(-1, 2, 2) * scale - crop[:2]).clip(0, crop[2:])         # (M, corner, xy)
-    sides, centre = corners[:, 1] - corners[:, 0], corners.mean(axis=1) / crop[2:]                 # (M, 2) each
-    if view.flip:
+    scale = np.array(transform.resized) / size[::-1]                       # in x and y
+    x, y, width, height = transform.crop
+    corners = boxes.reshape(-1, 2, 2) * scale - (x, y)                     # (R, corner, xy)
+    corners = corners.clip(0, (width, height))
+    sides = corners[:, 1] - corners[:, 0]                                  # (R, xy)
+    centre = corners.mean(axis=1) / (width, height)                        # (R, xy)
+    if transform.flip:
         centre[:, 0] = 1 - centre[:, 0]
-    return np.concatenate([centre, sides / crop[2:]], axis=1).astype(np.float32), (sides >= 1).all(axis=1)
+    shares = np.concatenate([centre, sides / (width, height)], axis=1)     # (R, 4)
+    return shares.astype(np.float32), (sides >= 1).all(axis=1)
 
+
+# ---- the data set ----
 
 class ClipDataset:
-    """Clips of a table and the pixels that belong to it, for a DataLoader; the module's docstring says what an item is.
+    """Clips of a table (beside/sources.py) and of the frames that belong to it, for a DataLoader.
 
-    name, videos, class_names; class_groups (none here); clip_videos (K,), the index in `videos` of each clip's video.
+    The file's docstring says what an item is. augment: draw a random transform for each clip.
     """
 
-    def __init__(self, name, table, media, config, train):
-        self.name, self.table, self.media, self.config, self.train = name, table, media, config, train
+    def __init__(self, name, table, source, config, augment):
+        self.name, self.table, self.source, self.config = name, table, source, config
+        self.augment = augment
         self.videos, self.class_names, self.class_groups = table.videos, table.classes, {}
-        self.key = table.video * VIDEO_KEY + table.frame                           # (M,) ascending
-        if config.key_frame:                                                       # clips lie around key frames
-            self.clip_videos, self.clip_frame = np.divmod(table.key_frames, VIDEO_KEY)             # (K,) each
-            centre = (self.clip_frame - AVA_START) * AVA_RATE if table.seconds else self.clip_frame - 1
-            self.clip_first = centre - config.frames // 2 * config.sampling_rate   # (K,) 0-based, of the first slot
-        else:                                                                      # clips tile the videos
-            first = [tile(int(count), config.frames, config.sampling_rate) for count in table.num_frames]
-            self.clip_videos = np.repeat(np.arange(len(first)), [len(f) for f in first])           # (K,)
-            self.clip_first = np.concatenate([np.zeros(0, np.int64), *first])      # (K,)
+        # (V + 1,): the boxes of video v are the table's rows box_start[v] to box_start[v + 1]
+        self.box_start = np.searchsorted(table.video, np.arange(len(table.videos) + 1))
+        if config.key_frame:
+            self.clip_videos, self.clip_key = table.key_frames.T           # (K,) each
+            centre = self.clip_key - 1                                     # (K,) 0-based
+            if table.seconds:
+                centre = (self.clip_key - AVA_START) * AVA_RATE
+            self.clip_first = centre - config.frames // 2 * config.sampling_rate
+        else:
+            first = [tile(count, config.frames, config.sampling_rate)
+                     for count in table.num_frames.tolist()]
+            self.clip_videos = np.repeat(np.arange(len(first)), [len(part) for part in first])
+            self.clip_first = np.concatenate([np.zeros(0, np.int64), *first])       # (K,) 0-based
 
     def __len__(self):
         return len(self.clip_videos)
 
     def __getitem__(self, i):
-        video, config = int(self.clip_videos[i]), self.config
+        config, video = self.config, int(self.clip_videos[i])
         count, size = int(self.table.num_frames[video]), self.table.size[video]
-        slots = self.clip_first[i] + np.arange(config.frames) * config.sampling_rate               # (T,)
-        index = slots.clip(0, count - 1)
-        view = draw_view(size, config, self.train)
-        shown, repeat = np.unique(index, return_inverse=True)                      # a repeated frame is read once
-        clip = render(self.media.read(self.videos[video], shown, count, view.resized), view)
-        clip = clip[:, torch.from_numpy(repeat)] if len(shown) < len(index) else clip              # (3, T, H, W)
+        slots = self.clip_first[i] + np.arange(config.frames) * config.sampling_rate    # (T,)
+        shown = slots.clip(0, count - 1)
+        transform = draw_transform(size, config, self.augment)
+        distinct, place = np.unique(shown, return_inverse=True)    # a repeated frame is read once
+        images = self.source.read(self.videos[video], distinct, count, transform.resized)
+        clip = render(images, transform)                           # (3, distinct frames, H, W)
+        if len(distinct) < len(shown):
+            clip = clip[:, torch.from_numpy(place)]                # (3, T, H, W)
         if config.key_frame:
-            return clip, self.target(video, self.clip_frame[i:i + 1], np.ones(1, bool), view)
-        return clip, self.target(video, index + 1, slots == index, view)
+            return clip, self.target(video, self.clip_key[i:i + 1], np.ones(1, bool), transform)
+        return clip, self.target(video, shown + 1, slots == shown, transform)
 
-    def target(self, video, frame_ids, frames, view):
-        """The target of a clip with the frame numbers frame_ids (T,), of which frames (T,) bool are no padding."""
-        table, slots = self.table, np.flatnonzero(frames)
-        numbers = frame_ids[slots]                                                 # ascending
-        begin, end = np.searchsorted(self.key, video * VIDEO_KEY + numbers[[0, -1]] + [0, 1])
-        found = np.searchsorted(numbers, table.frame[begin:end])                   # of each box, its place in numbers
-        box, visible = view_boxes(table.box[begin:end], table.size[video], view)
-        rows = np.flatnonzero(visible & (numbers[found] == table.frame[begin:end]))   # a sampling rate leaves some out
-        actors, actor = np.unique(table.actor[begin + rows], return_inverse=True)
-        at, shape = (actor, slots[found[rows]]), (len(actors), len(frame_ids))     # N, T
-        boxes, present = np.zeros((*shape, 4), np.float32), np.zeros(shape, bool)
+    def target(self, video, frame_ids, frames, transform):
+        """The target of a clip: frames (T,) bool are no padding, frame_ids (T,) their numbers."""
+        table, start, stop = self.table, *self.box_start[video:video + 2]
+        slots = np.flatnonzero(frames)
+        numbers = frame_ids[slots]                                 # ascending
+        rows = start + np.flatnonzero(np.isin(table.frame[start:stop], numbers))    # (R,)
+        box, visible = transform_boxes(table.box[rows], table.size[video], transform)
+        rows, box = rows[visible], box[visible]
+        slot = slots[np.searchsorted(numbers, table.frame[rows])]                   # (R,)
+        actors, actor = np.unique(table.actor[rows], return_inverse=True)           # (N,), (R,)
+        shape = len(actors), len(frames)                                            # N, T
+        boxes = np.zeros((*shape, 4), np.float32)
+        present = np.zeros(shape, bool)
         labels = np.zeros((*shape, len(table.classes)), np.float32)
-        boxes[at], present[at], labels[at] = box[rows], True, table.label[begin + rows]
-        arrays = {"boxes": boxes, "present": present, "labels": labels, "frames": frames, "frame_ids": frame_ids,
-                  "size": table.size[video]}
-        return {key: torch.tensor(value) for key, value in arrays.items()} | {"video": self.videos[video]}
+        boxes[actor, slot] = box
+        present[actor, slot] = True
+        labels[actor, slot] = table.label[rows]
+        return {
+            "boxes": torch.from_numpy(boxes),
+            "present": torch.from_numpy(present),
+            "labels": torch.from_numpy(labels),
+            "frames": torch.tensor(frames),
+            "frame_ids": torch.tensor(frame_ids),
+            "size": torch.tensor(table.size[video]),
+            "video": self.videos[video],
+            "video_index": video,
+        }
 
     def ground_truth(self):
-        """(frames, tubes) as metrics.py takes them, in the annotation's pixels; "video" is an index of self.videos.
+        """(frames, tubes) as metrics.py takes them; "video" is an index of self.videos.
 
-        frames: arrays "frame" (video * VIDEO_KEY + number), "label", "box", a row for each label of a box. tubes: a
-        dict for each unbroken run of frames in which an actor has a label, with score 1; none for key frames.
+        frames: arrays "video", "frame", "label", "box", a row for each label of a box. tubes: a
+        dict for each unbroken run of frames in which an actor has a label, with score 1; none for
+        key frames. Boxes are in the annotation's pixels.
         """
         table = self.table
         row, label = np.nonzero(table.label)
-        frames = {"frame": self.key[row], "label": label, "box": table.box[row]}
+        frames = {"video": table.video[row], "frame": table.frame[row], "label": label,
+                  "box": table.box[row]}
         if self.config.key_frame:
             return frames, []
         order = np.lexsort((table.frame[row], label, table.actor[row]))
         row, label = row[order], label[order]
-        steps = np.diff([table.actor[row], label, table.frame[row]])               # (3, rows - 1)
-        breaks = np.flatnonzero((steps != [[0], [0], [1]]).any(axis=0)) + 1
-        return frames, [{"video": int(table.video[run[0]]), "label": int(kind), "score": 1.0, "frames": table.frame[run],
-                         "boxes": table.box[run]} for run, kind in zip(np.split(row, breaks), label[np.r_[0, breaks]])]
+        step = np.diff([table.actor[row], label, table.frame[row]])        # (3, rows - 1)
+        goes_on = (step == [[0], [0], [1]]).all(axis=0)
+        tubes = []
+        for run in np.split(np.arange(len(row)), np.flatnonzero(~goes_on) + 1):
+            if len(run):
+                boxes = row[run]
+                tubes.append({"video": int(table.video[boxes[0]]), "label": int(label[run[0]]),
+                              "score": 1.0, "frames": table.frame[boxes],
+                              "boxes": table.box[boxes]})
+        return frames, tubes
 
 
-def build_dataset(name, root, side, config, fold=1):
-    """The clips of a data set: "synthetic", "ucf", "jhmdb", "ava" or "custom" (one's own, docs/own_data.md).
+def build_dataset(name, root, side, config, fold=1, missing="error", fill=0):
+    """The clips of a data set: "synthetic", "ucf", "jhmdb", "ava" or "custom" (your own).
 
-    root: folder of annotation and frames (or videos). side: "train", with augmentation, or "val". fold: which of the
-    splits that jhmdb has three of, the others one. Prints what was found. Raises
-    ValueError on a wrong annotation, FileNotFoundError where a file is missing; frames that are missing or cannot be
-    read raise an OSError when they are read.
+    root: folder of annotation and frames (or videos). side: "train", with augmentation, or "val".
+    fold: which of jhmdb's three splits; the others have one. missing: "error", or "leave out" for
+    videos without frames. fill: interpolate a person's boxes that are up to so many frames apart.
+    Prints what was found, once for all ranks. Raises ValueError on a wrong annotation,
+    FileNotFoundError where a file is missing; frames raise an OSError when they cannot be read.
     """
     if side not in ("train", "val"):
         raise ValueError(f'the sides of {name} are "train" and "val", not {side!r}')
-    train = side == "train"
     if name == "synthetic":
+        if fold != 1:
+            raise ValueError(f"synthetic has one split, 1, not {fold!r}; leave out --split")
         return SyntheticDataset(config, side)
-    split = fold if name in ("ucf", "jhmdb") else side
     if config.crop_size > config.resize_size:
-        raise ValueError(f"crop_size {config.crop_size} exceeds resize_size {config.resize_size}; set one with --set")
-    table, media = read_dataset(name, root, split, config.key_frame, train)
+        raise ValueError(f"crop_size {config.crop_size} exceeds resize_size {config.resize_size}; "
+                         "set one with --set")
+    table, source = read_dataset(name, root, side, config.key_frame, fold, missing, fill)
     if table.problems:
-        raise ValueError(f"{name} in {root}: {len(table.problems)} faults in the annotation (python -m tools.prepare "
-                         "check lists all), the first:\n  " + "\n  ".join(table.problems[:5]))
-    dataset = ClipDataset(name, table, media, config, train)
+        raise ValueError("\n  ".join([f"{name} in {root} cannot be used as it is (python -m "
+                                      "tools.prepare check looks for all faults):",
+                                      *table.problems]))
+    dataset = ClipDataset(name, table, source, config, augment=side == "train")
     if os.environ.get("RANK", "0") == "0":
-        print(f"{name}: {len(table.videos)} videos, {len(table.frame)} boxes, {len(dataset)} clips; {table.source}; {media}")
+        print(f"{name}: {len(table.videos)} videos, {len(table.frame)} boxes, {len(dataset)} clips;"
+              f" {table.source}; {source}")
     return dataset
 
 
 def collate(batch):
-    """(clip, target) pairs -> clips (B, 3, T, H, W) padded with zeros, padding_mask (B, H, W) True there, targets."""
+    """(clip, target) pairs -> clips (B, 3, T, H, W), padding_mask (B, H, W) bool, targets.
+
+    Clips smaller than the largest are padded below and to the right; the mask is True there.
+    """
     clips, targets = zip(*batch)
-    height, width = (max(clip.shape[side] for clip in clips) for side in (-2, -1))
-    padded = clips[0].new_zeros(len(clips), *clips[0].shape[:2], height, width)                    # (B, 3, T, H, W)
-    padding_mask = torch.ones(len(clips), height, width, dtype=torch.bool)
+    height = max(clip.shape[-2] for clip in clips)
+    width = max(clip.shape[-1] for clip in clips)
+    channels, frames = clips[0].shape[:2]
+    padded = clips[0].new_zeros(len(clips), channels, frames, height, width)    # (B, 3, T, H, W)
+    padding_mask = torch.ones(len(clips), height, width, dtype=torch.bool)      # (B, H, W)
     for i, clip in enumerate(clips):
-        padded[i, :, :, :clip.shape[-2], :clip.shape[-1]] = clip
+        padded[i, ..., :clip.shape[-2], :clip.shape[-1]] = clip
         padding_mask[i, :clip.shape[-2], :clip.shape[-1]] = False
     return padded, padding_mask, list(targets)

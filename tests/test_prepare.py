@@ -1,4 +1,4 @@
-"""tools/prepare.py: videos become the frames that training reads; each fault of a data set is a line of `check`."""
+"""tools/prepare.py: videos become the frames that training reads; check counts, fills and draws."""
 
 import os
 import subprocess
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
-from tests.test_data import grey_frames, numbers_shown, own, ucf, write_csv, write_video    # noqa: F401
+from beside import sources
+from tests.small_sets import (grey_frames, numbers_shown, small_ava, small_own, small_ucf,
+                              write_csv, write_video)
 from tools import prepare
 
 
@@ -19,142 +20,174 @@ def run(*words):
 
 
 def check(name, root, *words):
-    return run("check", "--dataset", name, "--data", root, "--sheet", root / "out/sheet.png", "--clips", 4, *words)
+    sheet = root / "out/sheet.png"
+    return run("check", "--dataset", name, "--data", root, "--sheet", sheet, "--clips", 4, *words)
 
 
-@pytest.fixture
-def mine(own):
-    """The data set of test_data.py with its frames as a file of each video."""
-    (own / "frames").rename(own / "hidden")
-    (own / "videos").mkdir()
-    write_video(own / "videos/a.mp4", 20, "mpeg4", g=5)
-    write_video(own / "videos/b.avi", 9, "mpeg4", g=5)
-    return own
+def as_videos(root):
+    """The small data set of your own with a file of each video in place of its frames."""
+    small_own(root)
+    (root / "frames").rename(root / "hidden")
+    (root / "videos").mkdir()
+    write_video(root / "videos/a.mp4", 20, "libx264", g=5, bf=2, qp=1)
+    write_video(root / "videos/b.avi", 9, "mpeg4", g=5, bf=2)
+    return root
 
 
-@pytest.fixture
-def both(ucf):
-    """The small UCF101-24 of test_data.py with the frames of its training video too."""
-    grey_frames(ucf / "rgb-images/Biking/v_b", "{:05d}.jpg", 9)
-    return ucf
+# ---- extract ----
 
-
-def test_extract_writes_the_frames_in_the_layout_that_is_read(mine, capsys):
-    assert run("extract", "--dataset", "custom", "--data", mine) == 0
+def test_extract_writes_the_frames_in_the_layout_that_is_read(tmp_path, capsys):
+    as_videos(tmp_path)
+    assert run("extract", "--dataset", "custom", "--data", tmp_path) == 0
     assert "2 videos, 29 frames written" in capsys.readouterr().out
-    assert sorted(os.listdir(mine / "frames/b")) == [f"{i:05d}.jpg" for i in range(1, 10)]
-    media = data.find_media(mine, ["a", "b"])
-    assert media.pattern == "{:05d}.jpg" and numbers_shown(media.read("a", np.arange(20))) == list(range(20))
-    assert check("custom", mine) == 0
+    assert sorted(os.listdir(tmp_path / "frames/b")) == [f"{i:05d}.jpg" for i in range(1, 10)]
+    source = sources.find_source(tmp_path, ["a", "b"])
+    for video, count in (("a", 20), ("b", 9)):
+        assert video in source.folders and source.count(video) == count
+        assert numbers_shown(source.read(video, np.arange(count))) == list(range(count))
+    assert check("custom", tmp_path) == 0
 
 
-@pytest.mark.parametrize("name, path", [("ucf", "rgb-images/videos/a/00020.jpg"),
-                                        ("jhmdb", "Frames/videos/a/00020.png"), ("ava", "frames/a/a_000023.jpg")])
-def test_extract_knows_the_layout_of_each_data_set(mine, name, path):
-    assert run("extract", "--dataset", name, "--data", mine) == 0
-    assert (mine / path).exists() and len(os.listdir((mine / path).parent)) == int(Path(path).stem[-5:])
+@pytest.mark.parametrize("name, path", [
+    ("ucf", "rgb-images/videos/a/00020.jpg"), ("jhmdb", "Frames/videos/a/00020.png"),
+    ("ava", "frames/a/a_000023.jpg")])
+def test_extract_knows_the_layout_of_each_data_set(tmp_path, name, path):
+    as_videos(tmp_path)
+    assert run("extract", "--dataset", name, "--data", tmp_path) == 0
+    folder = (tmp_path / path).parent
+    assert (tmp_path / path).exists() and len(os.listdir(folder)) == int(Path(path).stem[-5:])
 
 
-def test_extract_goes_on_where_it_was_ended(mine, capsys):
-    (mine / "frames/a").mkdir(parents=True)                                        # done before
-    (mine / "frames/b.part").mkdir()                                               # was being written
-    (mine / "frames/b.part/00099.jpg").write_text("half")
-    assert run("extract", "--dataset", "custom", "--data", mine) == 0
-    assert "1 videos, 9 frames written" in capsys.readouterr().out
-    assert sorted(os.listdir(mine / "frames")) == ["a", "b"] and len(os.listdir(mine / "frames/b")) == 9
-    assert os.listdir(mine / "frames/a") == []
+def test_avas_frames_are_thirty_a_second_the_nearest_each(tmp_path):
+    write_video(tmp_path / "film.mp4", 40, "libx264", rate=20, qp=1)
+    assert run("extract", "--dataset", "ava", "--data", tmp_path) == 0
+    source = sources.find_source(tmp_path, ["film"])
+    index = np.arange(source.count("film"))
+    shown = np.array(numbers_shown(source.read("film", index)))
+    assert len(index) == int(39 / 20 * 30) + 1
+    assert np.abs(shown - index / 30 * 20).max() <= 0.5
 
 
-def test_extract_names_a_video_that_cannot_be_read_and_does_the_others(mine, capsys):
-    (mine / "videos/a.mp4").write_bytes((mine / "videos/a.mp4").read_bytes()[:500])
-    assert run("extract", "--dataset", "custom", "--data", mine) == 1
+def test_extract_goes_on_where_it_was_ended(tmp_path, capsys):
+    as_videos(tmp_path)
+    (tmp_path / "frames/a").mkdir(parents=True)            # done before
+    (tmp_path / "frames/b.part").mkdir()                   # was being written
+    (tmp_path / "frames/b.part/00099.jpg").write_text("half")
+    assert run("extract", "--dataset", "custom", "--data", tmp_path) == 0
+    assert "1 video, 9 frames written" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "frames")) == ["a", "b"]
+    assert len(os.listdir(tmp_path / "frames/b")) == 9 and not os.listdir(tmp_path / "frames/a")
+
+
+def test_several_processes_share_the_videos_and_the_exit_status_tells_of_faults(tmp_path):
+    as_videos(tmp_path)
+    (tmp_path / "videos/c.mp4").write_bytes(b"no video")
+    words = ["-m", "tools.prepare", "extract", "--dataset", "custom", "--data", str(tmp_path)]
+    result = subprocess.run([sys.executable, *words, "--workers", "2"], capture_output=True,
+                            text=True, cwd=Path(prepare.__file__).parents[1])
+    assert result.returncode == 1
+    assert "c.mp4 cannot be read" in result.stdout and "2 videos, 29 frames" in result.stdout
+
+
+# ---- check ----
+
+def test_a_sound_data_set_may_be_trained_on(tmp_path, capsys):
+    assert check("ucf", small_ucf(tmp_path)) == 0
     out = capsys.readouterr().out
-    assert "a.mp4" in out and "1 cannot be read" in out and os.listdir(mine / "frames") == ["b"]
+    assert "1 video, 2 tubes, 12 boxes, 20 frames, 1 clip; published: 910 videos, 1315 tubes" in out
+    assert f"0 faults: ucf in {tmp_path} may be trained on" in out
 
 
-def test_extract_without_videos_is_an_error(tmp_path):
-    with pytest.raises(SystemExit, match="no videos .* below"):
-        run("extract", "--dataset", "custom", "--data", tmp_path)
+def test_check_counts_classes_on_both_sides(tmp_path, capsys):
+    small_own(tmp_path)
+    assert check("custom", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 classes (num_classes=2):" in lines
+    assert ["wave", "6", "1", "1", "1"] in [line.split() for line in lines]
+    assert ["jump", "high", "4", "2", "0", "0"] in [line.split() for line in lines]
+    assert "classes in training only: 1 of 2: jump high" in lines
 
 
-def test_a_sound_data_set_may_be_trained_on(both, capsys):
-    assert check("ucf", both) == 0
+def every_fifth(root):
+    """Boxes of two persons at every fifth frame of both videos."""
+    small_own(root)
+    grey_frames(root / "frames/b", "{:05d}.jpg", 20)
+    rows = []
+    for video in "ab":
+        for frame in (1, 6, 11, 16):
+            for person in (1, 2):
+                box = .1, .1, .5 + frame / 100, .5
+                rows.append((video, frame, *box, person, person))
+    write_csv(root / "annotations.csv", rows)
+    return root
+
+
+def test_boxes_at_every_fifth_frame_are_no_tubes_until_they_are_filled(tmp_path, capsys):
+    every_fifth(tmp_path)
+    assert check("custom", tmp_path) == 1
     out = capsys.readouterr().out
-    assert "1 videos, 2 tubes, 12 boxes, 20 frames, 1 clips; published: 910 videos, 1315 tubes" in out
-    assert "0 faults: ucf in" in out and "may be trained on" in out
-    sheet = np.asarray(Image.open(both / "out/sheet.png"))
-    yellow = (sheet[..., 0] > 200) & (sheet[..., 2] < 60)
-    assert yellow.any() and sheet.shape == (4 * 224, 6 * 298, 3)
+    assert "8 boxes, each 5 frames from the next: key frames? use --preset ava, or --fill 5" in out
+    assert check("custom", tmp_path, "--fill", 5) == 0
+    assert "1 video, 2 tubes, 32 boxes, 20 frames" in capsys.readouterr().out
+    assert check("custom", tmp_path, "--key-frames") == 0
 
 
-def test_the_sheet_draws_boxes_where_they_are(both):
-    check("ucf", both)
-    sheet = np.asarray(Image.open(both / "out/sheet.png")).astype(int)
-    panel = sheet[-224:, 2 * 298:3 * 298]                                          # the test clip, slot 12: frame 7
-    yellow = (panel[..., 0] > 200) & (panel[..., 1] > 180) & (panel[..., 2] < 60)
-    columns, rows = np.flatnonzero(yellow.sum(axis=0) > 40), np.flatnonzero(yellow.sum(axis=1) > 60)
-    found = [columns[0], rows[0], columns[-1], rows[-1]]
-    assert np.abs(np.array(found) - np.array([200, 100, 300, 160]) * 224 / 240).max() < 3
-
-
-FAULTS = {
-    "a frame is missing in the middle": (lambda v: (v / "00007.jpg").unlink(),
-                                         r"frames missing: .*v_a/00007.jpg, 1 in all \(20 expected, 19 found\)"),
-    "frames are missing at the end": (lambda v: [(v / f"000{i}.jpg").unlink() for i in (19, 20)],
-                                      "v_a/00019.jpg, 2 in all"),
-    "a frame too many": (lambda v: Image.new("RGB", (8, 8)).save(v / "00021.jpg"), "v_a: its last frame is 21, .* 20"),
-    "a truncated frame": (lambda v: (v / "00004.jpg").write_bytes((v / "00004.jpg").read_bytes()[:200]),
-                          "cannot read the image .*v_a/00004.jpg"),
-    "a frame that is no image": (lambda v: (v / "00020.jpg").write_text("x"), "cannot read the image .*v_a/00020.jpg"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_check_names_what_is_wrong_with_the_frames(both, fault, capsys):
-    import re
-    damage, message = FAULTS[fault]
-    damage(both / "rgb-images/Biking/v_a")
-    assert check("ucf", both) == 1
+def test_videos_without_frames_are_left_out_where_that_is_asked_for(tmp_path, capsys):
+    small_own(tmp_path)
+    with (tmp_path / "annotations.csv").open("a") as file:
+        file.write("gone,3,0.1,0.1,0.5,0.5,1,1\n")
+    assert check("custom", tmp_path) == 1
+    assert "video without frames and without a file, once" in capsys.readouterr().out
+    assert check("custom", tmp_path, "--missing", "leave-out") == 0
     out = capsys.readouterr().out
-    assert len(re.findall(message, out)) == 1 and "1 faults: ucf in" in out and "may NOT be trained on" in out
-    assert not (both / "out/sheet.png").exists()
+    assert "left out: 1 (gone)" in out and "1 video, 4 tubes, 7 boxes" in out
 
 
-def test_check_lists_every_fault_of_an_annotation(own, capsys):
-    rows = [("a", 1, .1, .1, .2, .2, 1), ("a", 1, .1, .1, .2, .2, 1, 7, 0, 0, 0), ("a", 1, .1, .1, .2, .2, 5, 1),
-            ("a", 1, .3, .1, .2, .2, 1, 2), ("a", 1, "nan", .1, .2, .2, 1, 3), ("a", 99, .1, .1, .2, .2, 1, 1)]
-    write_csv(own / "annotations.csv", [("b", 1, 0, 0, 1, 1, 1, 1), *rows])
-    assert check("custom", own) == 1
+def test_one_split_may_be_checked(tmp_path, capsys):
+    assert run("check", "--dataset", "jhmdb", "--data", tmp_path, "--split", 2) == 1
     out = capsys.readouterr().out
-    for part in ("row 2: 7 columns", "row 3: 11 columns", "class 5, has a class id", "has x2 <= x1", "not a number",
-                 "not in the video"):
-        assert out.count(part) == 1, part
-    assert "6 faults: custom" in out
+    assert out.count("JHMDB-GT.pkl missing in") == 1 and "1 fault: jhmdb" in out
 
 
-@pytest.mark.parametrize("content", ["", "b,7\n"])
-def test_check_names_an_empty_annotation(own, content, capsys):
-    (own / "annotations.csv").write_text(content)
-    assert check("custom", own) == 1
-    assert "the annotation has no boxes" in capsys.readouterr().out
+# ---- the sheet ----
+
+def yellow(picture):
+    return (picture[..., 0] > 200) & (picture[..., 1] > 180) & (picture[..., 2] < 60)
 
 
-def test_check_names_a_wrong_folder(tmp_path, capsys):
-    assert check("jhmdb", tmp_path) == 1
-    out = capsys.readouterr().out
-    assert out.count("JHMDB-GT.pkl missing in") == 1 and "1 faults" in out
+def test_the_sheet_draws_boxes_where_they_are_on_every_picture(tmp_path):
+    check("ucf", small_ucf(tmp_path))                      # 2 clips of 6 pictures, 319 x 240 each
+    sheet = np.asarray(Image.open(tmp_path / "out/sheet.png")).astype(int)
+    assert sheet.shape == (2 * 260, 6 * 319, 3)
+    pictures = sheet.reshape(2, 260, 6, 319, 3).swapaxes(1, 2)             # (2, 6, 260, ...)
+    pictures = pictures[:, :, :240]
+    assert yellow(pictures).any(axis=(2, 3)).all()
+    tube = yellow(pictures[1, 5])                          # of the test clip, frame 12: one box
+    columns, rows = (np.flatnonzero(tube.sum(axis=axis) > 40) for axis in (0, 1))
+    found = np.array([columns[0], rows[0], columns[-1], rows[-1]])
+    assert np.abs(found - [200, 100, 300, 160]).max() < 4
 
 
-def test_check_reads_videos_where_there_are_no_frames(mine, capsys):
-    assert check("custom", mine, "--key-frames") == 0
-    assert "2 video files" not in capsys.readouterr().out                          # one in each split
-    (mine / "videos/a.mp4").write_bytes((mine / "videos/a.mp4").read_bytes()[:500])
-    data.frame_stamps.cache_clear()
-    assert check("custom", mine) == 1
-    assert "cannot read the video" in capsys.readouterr().out
+def test_the_sheet_shows_key_frames_side_by_side(tmp_path):
+    small_ava(tmp_path)
+    for name in ("v2.2", "excluded_timestamps_v2.2"):
+        text = (tmp_path / f"annotations/ava_val_{name}.csv").read_text()
+        (tmp_path / f"annotations/ava_train_{name}.csv").write_text(text)
+    assert check("ava", tmp_path) == 0
+    sheet = np.asarray(Image.open(tmp_path / "out/sheet.png")).astype(int)
+    assert sheet.shape[:2] == (260, 6 * 320)               # 2 key frames of each side
+    pictures = sheet.reshape(260, 6, 320, 3).swapaxes(0, 1)
+    assert yellow(pictures).any(axis=(1, 2)).tolist() == [True] * 4 + [False] * 2
 
 
-def test_the_exit_status_is_that_of_the_process(tmp_path):
-    words = [sys.executable, "-m", "tools.prepare", "check", "--dataset", "ucf", "--data", str(tmp_path)]
-    result = subprocess.run(words, cwd=Path(data.__file__).parent, capture_output=True, text=True)
-    assert result.returncode == 1 and "finalAnnots.mat or UCF101v2-GT.pkl missing" in result.stdout
+# ---- the documentation ----
+
+def test_the_example_of_the_documentation_may_be_trained_on(tmp_path):
+    text = (Path(prepare.__file__).parents[1] / "docs/own_data.md").read_text()
+    for name, kind in (("annotations.csv", "csv"), ("classes.txt", "classes"), ("val.txt", "val")):
+        content = text.split(f"```{kind}\n")[1].split("```")[0]
+        (tmp_path / name).write_text(content)
+    for video in ("kitchen", "garden"):
+        grey_frames(tmp_path / "frames" / video, "{:05d}.jpg", 40)
+    assert check("custom", tmp_path) == 0
+    assert check("custom", tmp_path, "--key-frames") == 0

@@ -1,15 +1,18 @@
-"""Frames out of videos, and a data set's health before hours of training are spent on it.
+"""Gets a data set ready: frames out of videos, and everything checked before hours of training.
 
-    python -m tools.prepare extract --dataset ucf --data DIR    # videos below it -> rgb-images/<class>/<video>/00001.jpg
-    python -m tools.prepare check --dataset ucf --data DIR      # exit status 0 if it may be trained on, else 1
+    python -m tools.prepare extract --dataset ucf --data DIR    # videos below it -> frames
+    python -m tools.prepare check --dataset ucf --data DIR      # exit status 0: may be trained on
+    python -m tools.prepare convert FILE --data DIR             # CVAT or COCO: tools/convert.py
 
-`extract` works on as many videos at once as there are cores. A video's frames are in a folder of another name until all
-of them are there, so that a run that was ended goes on with the next video when it is started again.
-`check` reads every annotation and every frame and prints a line for each fault: of the annotation (data.py lists what),
-frames that are missing, unreadable or more than the annotation has. It compares the counts with those published (a part
-of a data set may be trained on: another count is no fault) and draws clips with their boxes, as training reads them.
+`extract` works on as many videos at once as there are cores. A video's frames are in a folder of
+another name until all of them are there: a run that was ended goes on with the next video when it
+is started again.
+`check` reads every annotation and every frame. It prints what the data set holds, boxes and actors
+of each class, and each kind of fault with its count, its first places and its likely cause. It
+compares the counts with those published (a part of a data set may be trained on: another count is
+no fault) and draws clips with their boxes, as training reads them.
 """
-# T frames, N actors, C classes
+# T frames, N actors, C classes, V videos
 
 import argparse
 import os
@@ -18,206 +21,418 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
+import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import data
-from model import PRESETS
+from beside import sources
+from tools.convert import convert
 
-# (data set, split, training or test): videos, tubes, boxes, frames; all splits of ucf and jhmdb, in the order of check
-PUBLISHED = {("ucf", 1, True): (2284, 3143, 403282, 395868), ("ucf", 1, False): (910, 1315, 170580, 159289),
-             ("jhmdb", 1, True): (660, 660, 22713, 22713), ("jhmdb", 1, False): (268, 268, 9139, 9139),
-             ("jhmdb", 2, True): (658, 658, 22895, 22895), ("jhmdb", 2, False): (270, 270, 8957, 8957),
-             ("jhmdb", 3, True): (663, 663, 22807, 22807), ("jhmdb", 3, False): (265, 265, 9045, 9045)}
+# (data set, split, side): videos, tubes, boxes, frames; the splits of ucf and jhmdb
+PUBLISHED = {("ucf", 1, "train"): (2284, 3143, 403282, 395868),
+             ("ucf", 1, "val"): (910, 1315, 170580, 159289),
+             ("jhmdb", 1, "train"): (660, 660, 22713, 22713),
+             ("jhmdb", 1, "val"): (268, 268, 9139, 9139),
+             ("jhmdb", 2, "train"): (658, 658, 22895, 22895),
+             ("jhmdb", 2, "val"): (270, 270, 8957, 8957),
+             ("jhmdb", 3, "train"): (663, 663, 22807, 22807),
+             ("jhmdb", 3, "val"): (265, 265, 9045, 9045)}
+SPLITS = {"ucf": 1, "jhmdb": 3, "ava": 1, "custom": 1}     # how many there are
 # where extract puts the frames of a video and what it calls them
-LAYOUTS = {"ucf": ("rgb-images/{group}/{stem}", "{:05d}.jpg"), "jhmdb": ("Frames/{group}/{stem}", "{:05d}.png"),
+LAYOUTS = {"ucf": ("rgb-images/{group}/{stem}", "{:05d}.jpg"),
+           "jhmdb": ("Frames/{group}/{stem}", "{:05d}.png"),
            "ava": ("frames/{stem}", "{stem}_{:06d}.jpg"), "custom": ("frames/{stem}", "{:05d}.jpg")}
+# kinds of faults and what they likely come from
+CAUSES = {"frames missing": "an extraction or a copy that was ended; delete the video's folder and "
+                            "run python -m tools.prepare extract",
+          "class without boxes to train on": "all of its videos are in val.txt, or it has none; "
+                                             "move videos, or take it out of classes.txt"}
+YELLOW, WHITE = (255, 220, 0), (255, 255, 255)
 
 
-def extract_video(path, folder, pattern, rate):
-    """Writes the frames of a video to a folder -> (number of frames, what is to be said about it or "").
+def cores():
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
-    Raises OSError where the video cannot be read to its end; nothing stays in `folder` then.
+
+def work(function, items, workers):
+    """function(item) of each item in their order, by so many processes, with a progress bar."""
+    if workers == 1:
+        yield from tqdm(map(function, items), "videos", total=len(items), disable=None)
+        return
+    # not forked: the decoder's threads, which a fork would lose, may be at work already
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        results = pool.map(function, items)
+        yield from tqdm(results, "videos", total=len(items), disable=None)
+
+
+# ---- extract ----
+
+def extract_video(job, pattern, rate):
+    """Writes the frames of a video to a folder -> (their number, what went wrong or "").
+
+    job: the video's file, the folder. rate: frames a second to take, None for all. Where the video
+    cannot be read to its end nothing stays in the folder.
     """
-    import av
-    stamps, count = data.frame_stamps(path, rate), 0
+    path, folder = job
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    count = 0
     try:
-        with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                # At a rate a frame is taken once, several times or not at all; otherwise each is, whatever its stamp.
-                for _ in range((stamps == frame.pts).sum() if rate else 1):
-                    count += 1
-                    frame.to_image().save(part / pattern.format(count, stem=path.stem), quality=95)
-    except av.FFmpegError as error:
+        # At a rate a frame is taken once, several times or not at all.
+        times = np.bincount(sources.frames_at_rate(path, rate)) if rate else None
+        for number, (picture, _) in enumerate(sources.video_frames(path)):
+            if times is not None and number == len(times):
+                break
+            for _ in range(1 if times is None else times[number]):
+                count += 1
+                file = part / pattern.format(count, stem=path.stem)
+                Image.fromarray(picture).save(file, quality=95)
+        if not count:
+            raise OSError(f"{path} has no frames")
+    except OSError as error:
         shutil.rmtree(part)
-        raise OSError(f"cannot decode {path} behind frame {count}: {error}; get the file again") from error
-    if not count:
-        shutil.rmtree(part)
-        raise OSError(f"{path} has no frames")
+        return 0, str(error)
     part.rename(folder)
-    return count, "" if count == len(stamps) else f"{path}: {count} frames decoded, {len(stamps)} announced by the file"
+    return count, ""
 
 
 def extract(args):
     """The videos below args.data as a tree of frames; returns the exit status."""
+    root = Path(args.data)
+    if not root.is_dir():
+        raise SystemExit(f"--data {root}: no such folder")
     folder, pattern = LAYOUTS[args.dataset]
-    rate = data.AVA_RATE if args.dataset == "ava" else None
-    jobs = {}
-    for path in data.video_files(Path(args.data)):
-        target = Path(args.data) / folder.format(group=path.parent.name, stem=path.stem)
+    rate = sources.AVA_RATE if args.dataset == "ava" else None
+    jobs = {}                                              # folder of frames -> video
+    for path in sources.video_files(root):
+        target = root / folder.format(group=path.parent.name, stem=path.stem)
         if target in jobs:
-            raise SystemExit(f"{path} and {jobs[target]} would both go to {target}; rename one of them")
+            raise SystemExit(f"{path} and {jobs[target]} would both go to {target}; rename one")
         jobs[target] = path
     if not jobs:
-        raise SystemExit(f"no videos ({', '.join(data.VIDEO_SUFFIXES)}) below {args.data}")
-    todo = {target: path for target, path in jobs.items() if not target.is_dir()}
+        suffixes = ", ".join(sources.VIDEO_SUFFIXES)
+        raise SystemExit(f"no videos ({suffixes}) below {root}")
+    todo = [(path, target) for target, path in jobs.items() if not target.is_dir()]
     frames, faults = 0, []
-    with ProcessPoolExecutor(args.workers) as pool:
-        running = [pool.submit(extract_video, path, target, pattern, rate) for target, path in todo.items()]
-        for result in tqdm(running, "videos", disable=None):
-            try:
-                count, remark = result.result()
-                frames += count
-                if remark:
-                    tqdm.write(remark)
-            except OSError as error:
-                faults.append(str(error))
-    print("\n".join([*faults, f"{len(todo) - len(faults)} videos, {frames} frames written below {args.data}; "
-                     f"{len(jobs) - len(todo)} were there before; {len(faults)} cannot be read"]))
+    extract_one = partial(extract_video, pattern=pattern, rate=rate)
+    for count, fault in work(extract_one, todo, min(args.workers, max(len(todo), 1))):
+        frames += count
+        if fault:
+            faults.append(fault)
+    print(*faults, sep="\n", end="\n" if faults else "")
+    print(f"{counted(len(todo) - len(faults), 'video')}, {counted(frames, 'frame')} written below "
+          f"{root}; {len(jobs) - len(todo)} were there before; {len(faults)} cannot be read")
     return int(bool(faults))
 
 
-def check_video(media, every, video, expected):
-    """Faults of a video's frames, a line each; every `every`th is decoded. expected: their number, None if unknown."""
-    faults = []
-    try:
-        count = media.count(video)
-        if not media.pattern:
-            for first in range(0, count, 64):                  # so many in memory at once
-                media.read(video, np.arange(first, min(first + 64, count), every), count)
-    except OSError as error:
-        return [str(error)]
-    if media.pattern:
-        present = {path.name for path in media.path(video, 1).parent.glob("*")}
-        wanted = [media.path(video, i) for i in range(1, (expected or count) + 1)]
-        missing = [path for path in wanted if path.name not in present]
-        if missing:
-            faults.append(f"frames missing: {missing[0]}, {len(missing)} in all ({len(wanted)} expected, "
-                          f"{len(wanted) - len(missing)} found); extract them with python -m tools.prepare extract")
-        for path in wanted[::every]:
+def counted(number, word):
+    """1 fault, 2 faults."""
+    if number == 1:
+        return f"1 {word}"
+    return f"{number} {'boxes' if word == 'box' else word + 's'}"
+
+
+# ---- check ----
+
+class Faults:
+    """What is wrong with a data set: whole texts, and places by their kind."""
+
+    def __init__(self):
+        self.texts, self.places = [], {}
+
+    def add(self, kind, place):
+        places = self.places.setdefault(kind, [])
+        if place not in places:                            # a video may stand in several splits
+            places.append(place)
+
+    def lines(self):
+        """A text for each kind of fault."""
+        grouped = [sources.problem(kind, places, CAUSES.get(kind, ""))
+                   for kind, places in self.places.items()]
+        return list(dict.fromkeys([*self.texts, *grouped]))
+
+
+def check_frames(frames, every, expected):
+    """[(kind, place)] of the faults of a FrameFolder; every `every`th frame is decoded.
+
+    expected: number of frames, None if unknown.
+    """
+    faults, present = [], set(os.listdir(frames.folder))
+    wanted = [frames.path(i) for i in range(expected or frames.count)]
+    missing = [path for path in wanted if path.name not in present]
+    if missing:
+        faults.append(("frames missing",
+                       f"{missing[0]}, {len(missing)} in all ({len(wanted)} expected, "
+                       f"{len(wanted) - len(missing)} found)"))
+    for path in wanted[::every]:
+        if path.name in present:
             try:
-                if path.name in present:
-                    data.read_image(path, len(wanted))
+                sources.read_image(path)
             except OSError as error:
-                faults.append(str(error))
+                faults.append(("image that cannot be read", str(error)))
+    return faults
+
+
+def check_video(job, source, every):
+    """[(kind, place)] of the faults of a video's frames.
+
+    job: the video, its number of frames or None; every: as for `check_frames`.
+    """
+    video, expected = job
+    try:
+        count = source.count(video)
+        if video in source.folders:
+            faults = check_frames(source.frame_folder(video), every, expected)
+        else:
+            faults = check_file(source, video)
+    except (OSError, ValueError) as error:
+        return [("video that cannot be read", str(error))]
     if expected not in (None, count) and not faults:
-        faults.append(f"{video}: its last frame is {count}, that of the annotation {expected}: they disagree")
+        faults = [("video and annotation disagree",
+                   f"{video}: its last frame is {count}, that of the annotation {expected}")]
     return faults
 
 
-def check_split(args, split, train, config, checked, datasets):
-    """Prints what a split holds; returns its faults. Adds to `checked`, videos whose frames were read, and `datasets`."""
-    table, media = data.read_dataset(args.dataset, args.data, split, config.key_frame, train)
-    print(f"{args.dataset} split {split}{' training' * train}: {table.source}; {media}")
-    if table.problems:
-        return table.problems
-    dataset = data.ClipDataset(args.dataset, table, media, config, train=False)
-    counts = (len(table.videos), len(dataset.ground_truth()[1]), len(table.frame), int(table.num_frames.sum()))
-    published = PUBLISHED.get((args.dataset, split, train), ())
-    words = "videos", "tubes", "boxes", "frames"
-    here, there = (", ".join(f"{count} {word}" for word, count in zip(words, of)) for of in (counts, published))
-    print(f"   {here}, {len(dataset)} clips; published: " + ("the same" if counts == published else there or "unknown"))
-    if not media.pattern and not media.files:
-        return [str(media)]
-    faults, last = [], np.zeros(len(table.videos), np.int64)
-    if table.seconds:                                  # AVA: the frames should reach the last annotated second
-        np.maximum.at(last, table.video, (table.frame - data.AVA_START) * data.AVA_RATE)
-        faults = [f"{table.videos[v]}: {table.num_frames[v]} frames, its last annotated second is frame {last[v] + 1}"
-                  for v in np.flatnonzero(last >= table.num_frames)]
-    fresh = [video for video in table.videos if video not in checked]
-    expected = dict(zip(table.videos, table.num_frames.tolist())) if args.dataset in ("ucf", "jhmdb") else {}
-    with ProcessPoolExecutor(args.workers) as pool:
-        results = pool.map(partial(check_video, media, args.every), fresh, map(expected.get, fresh))
-        for lines in tqdm(results, "videos", total=len(fresh), disable=None):
-            faults += lines
-    checked.update(table.videos)
-    datasets.append(dataset)
-    return faults
+def check_file(source, video):
+    """[(kind, place)] of the faults of a video file, which is decoded to its end."""
+    path = source.files[video]
+    announced = len(sources.frame_times(path))
+    if sources.packet_stamps(path) is None:                # they were counted by decoding them
+        return []
+    decoded = sum(1 for _ in sources.video_frames(path))
+    if decoded == announced:
+        return []
+    return [("video that breaks off or is damaged",
+             f"{path}: {decoded} frames can be decoded, {announced} are announced by the file")]
 
 
-def draw_slot(clip, target, t, slot, classes):
-    """Frame t of a clip as an image with the boxes and labels of the target's slot."""
-    picture = clip[:, t].permute(1, 2, 0).numpy() * data.STD + data.MEAN                          # (H, W, 3)
-    image = Image.fromarray(picture.round().clip(0, 255).astype(np.uint8))
-    draw = ImageDraw.Draw(image)
-    for actor in target["present"][:, slot].nonzero().flatten().tolist():
-        cx, cy, w, h = target["boxes"][actor, slot].numpy() * np.array(image.size * 2)
-        draw.rectangle([cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], outline=(255, 220, 0), width=2)
-        labels = target["labels"][actor, slot].nonzero().flatten().tolist()
-        draw.text((cx - w / 2 + 3, cy - h / 2 + 2), ", ".join(classes[label] for label in labels), (255, 220, 0))
-    text = f"{target['frame_ids'][slot]} {target['video']}" if target["frames"][slot] else "padding"
-    draw.text((3, image.height - 13), text, (0, 255, 255))
-    return image
+def check_side(args, split, side, config, faults, checked):
+    """Prints what a side of a split holds and adds to `faults` -> ClipDataset, None without one.
+
+    checked: names of the videos whose frames were read already; added to.
+    """
+    from data import ClipDataset           # not above: processes that read frames need no torch
+    try:
+        table, source = sources.read_dataset(args.dataset, args.data, side, config.key_frame,
+                                             split, args.missing.replace("-", " "), args.fill)
+    except (OSError, ValueError) as error:
+        faults.texts.append(str(error))
+        return None
+    words = {"train": "training", "val": "validation"}[side]
+    print(f"{args.dataset} split {split}, {words}: {table.source}; {source}")
+    dataset = ClipDataset(args.dataset, table, source, config, augment=False)
+    tubes = len(dataset.ground_truth()[1])
+    counts = (len(table.videos), tubes, len(table.frame), int(table.num_frames.sum()))
+    published = PUBLISHED.get((args.dataset, split, side))
+    compared = ""
+    if published:
+        compared = f"; published: {'the same' if counts == published else describe(published)}"
+    print(f"    {describe(counts)}, {counted(len(dataset), 'clip')}{compared}")
+
+    if table.videos and not source.folders and not source.files:
+        faults.add(str(source), sources.where_looked(table.videos[0]))
+        return dataset
+    faults.texts += table.problems
+    if table.seconds:                      # AVA: the frames should reach the last annotated second
+        last = np.zeros(len(table.videos), np.int64)
+        np.maximum.at(last, table.video, (table.frame - sources.AVA_START) * sources.AVA_RATE)
+        for v in np.flatnonzero(last >= table.num_frames):
+            faults.add("video that ends before its annotation",
+                       f"{table.videos[v]}: {table.num_frames[v]} frames, its last annotated "
+                       f"second is frame {last[v] + 1}")
+    todo = []                              # of your own videos and AVA's the frames are counted
+    counted_here = args.dataset in ("ava", "custom")
+    for video, count in zip(table.videos, table.num_frames.tolist()):
+        if video in source and video not in checked:
+            todo.append((video, None if counted_here else count))
+            checked.add(video)
+    check_one = partial(check_video, source=source, every=args.every)
+    for found in work(check_one, todo, min(args.workers, max(len(todo), 1))):
+        for kind, place in found:
+            faults.add(kind, place)
+    return dataset
 
 
-def contact_sheet(datasets, path, rows, columns=6):
-    """Clips of the data sets, a row each, as training reads them; of key-frame clips the key frames, side by side."""
-    images = []
-    for dataset in datasets:
-        for i in np.linspace(0, len(dataset) - 1, -(-rows // len(datasets))).astype(int):
-            clip, target = dataset[i]
-            shown = np.linspace(0, clip.shape[1] - 1, columns).astype(int)
-            pairs = [(t, t) for t in shown] if len(target["frames"]) > 1 else [(clip.shape[1] // 2, 0)]
-            images += [draw_slot(clip, target, t, slot, dataset.class_names) for t, slot in pairs]
-    width, height = (max(image.size[side] for image in images) for side in (0, 1))
-    sheet = Image.new("RGB", (width * columns, height * -(-len(images) // columns)))
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * width, i // columns * height))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+def describe(counts):
+    """Numbers of videos, tubes, boxes and frames in words."""
+    return ", ".join(map(counted, counts, ("video", "tube", "box", "frame")))
+
+
+def check_classes(name, train, val, faults):
+    """Prints boxes and actors of each class; of your own data each should be trained on."""
+    print(f"{len(train.class_names)} classes (num_classes={len(train.class_names)}):")
+    print(*sources.class_lines(train.table, val.table), sep="\n")
+    if name == "custom" and not train.table.problems:      # a published set may be here in part
+        boxes, _ = sources.class_counts(train.table)
+        for label in np.flatnonzero(boxes == 0):
+            faults.add("class without boxes to train on", train.class_names[label])
 
 
 def check(args):
     """Whether a data set may be trained on; returns the exit status."""
-    config = replace(PRESETS.get(args.dataset, PRESETS["ucf"]), key_frame=args.dataset == "ava" or args.key_frames)
-    args.every = args.every or (data.AVA_RATE if args.dataset == "ava" else 1)
-    args.sheet = args.sheet or Path("runs", f"check-{args.dataset}.png")
-    parts = [key[1:] for key in PUBLISHED if key[0] == args.dataset] or [("train", True), ("val", False)]
-    faults, datasets, checked = [], [], set()
-    for split, train in parts:
-        try:
-            faults += check_split(args, split, train, config, checked, datasets)
-        except (OSError, ValueError) as error:
-            faults.append(str(error))
-    faults = list(dict.fromkeys(faults))               # a video may stand in several splits
-    if not faults:
-        contact_sheet(datasets, args.sheet, args.clips)
-        print(f"{args.clips} clips with their boxes: {args.sheet}; look at it")
-    print(*faults, f"{len(faults)} faults: {args.dataset} in {args.data} may {'NOT ' * bool(faults)}be trained on", sep="\n")
-    return int(bool(faults))
+    from model import PRESETS
+    key_frame = args.dataset == "ava" or args.key_frames
+    config = replace(PRESETS.get(args.dataset, PRESETS["ucf"]), key_frame=key_frame)
+    if args.every is None:
+        args.every = sources.AVA_RATE if args.dataset == "ava" else 1
+    sheet = args.sheet or Path("runs", f"check-{args.dataset}.png")
+    splits = range(1, SPLITS[args.dataset] + 1) if args.split is None else [args.split]
+    faults, checked, datasets = Faults(), set(), []
+    for split in splits:
+        sides = []
+        for side in ("train", "val"):
+            sides.append(check_side(args, split, side, config, faults, checked))
+        if None not in sides:
+            check_classes(args.dataset, *sides, faults)
+            datasets += sides
+    lines = faults.lines()
+    if not lines:
+        contact_sheet(datasets, sheet, args.clips)
+        print(f"clips with their boxes: {sheet}; look at it")
+    print(*lines, sep="\n", end="\n" if lines else "")
+    print(f"{counted(len(lines), 'fault')}: {args.dataset} in {args.data} may "
+          f"{'NOT ' if lines else ''}be trained on")
+    return int(bool(lines))
+
+
+# ---- the sheet ----
+
+def font(size):
+    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic and more."""
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(str(path), size)
+
+
+def draw_frame(picture, target, slot, classes, height):
+    """A frame (3, H, W) in this height, with boxes and labels of the target's slot; its number and
+    video stand below."""
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())                      # (H, W, 3)
+    image = image.resize((round(image.width * height / image.height), height))
+    size, letters, line = np.array(image.size), font(height // 16), height // 12
+    tile = Image.new("RGB", (image.width, height + line))
+    tile.paste(image)
+    draw = ImageDraw.Draw(tile)
+    places = []                                            # of labels: x, y, width and words
+    for actor in target["present"][:, slot].nonzero().flatten().tolist():
+        box = target["boxes"][actor, slot].numpy()                                 # cx, cy, w, h
+        low, high = (box[:2] - box[2:] / 2) * size, (box[:2] + box[2:] / 2) * size
+        draw.rectangle((*low, *high), outline=YELLOW, width=2)
+        labels = target["labels"][actor, slot].nonzero().flatten().tolist()
+        words = shortened(draw, ", ".join(classes[label] for label in labels), image.width, letters)
+        width = draw.textlength(words, letters)
+        x = max(0, min(low[0], image.width - width))
+        y = low[1] - line if low[1] >= line else min(high[1], height - line)
+        for x1, y1, other, _ in sorted(places, key=lambda place: place[1]):
+            if abs(y - y1) < line and x1 - width < x < x1 + other:
+                y = y1 + line                              # below a label that is there
+        places.append((x, y, width, words))
+    for x, y, _, words in places:                          # over all boxes
+        draw.rectangle(draw.textbbox((x, y), words, letters), fill=(0, 0, 0))
+        draw.text((x, y), words, YELLOW, letters)
+    words = f"frame {target['frame_ids'][slot]}, {Path(target['video']).name}"
+    draw.text((3, height), shortened(draw, words, image.width - 3, letters), WHITE, letters)
+    return tile
+
+
+def shortened(draw, words, width, letters):
+    """Words that are cut where they would be wider than `width` pixels."""
+    if draw.textlength(words, letters) <= width:
+        return words
+    while words and draw.textlength(words + "...", letters) > width:
+        words = words[:-1]
+    return words + "..."
+
+
+def clip_with_boxes(dataset, start):
+    """The first clip from `start` on with a box: (clip, target, slots with boxes), or None."""
+    for i in range(start, len(dataset)):
+        clip, target = dataset[i]
+        slots = target["present"].any(dim=0).nonzero().flatten().tolist()
+        if slots:
+            return clip, target, slots
+    return None
+
+
+def contact_sheet(datasets, path, rows, columns=6, height=240):
+    """Clips of the data sets as training reads them, a row each; a box is on every picture.
+
+    Of a key-frame clip there is one such picture, so these stand side by side.
+    """
+    tiles = []
+    for dataset in datasets:
+        wanted = -(-rows // len(datasets))
+        if dataset.config.key_frame:
+            wanted *= columns
+        starts = np.unique(np.linspace(0, len(dataset) - 1, wanted).astype(int)).tolist()
+        for start in starts:
+            found = clip_with_boxes(dataset, start)
+            if found is None:
+                break
+            clip, target, slots = found
+            if dataset.config.key_frame:
+                shown = [(clip.shape[1] // 2, 0)]          # of the clip, of the target
+            else:
+                chosen = np.linspace(0, len(slots) - 1, columns).round().astype(int)
+                shown = [(slots[k], slots[k]) for k in chosen]
+            for t, slot in shown:
+                tiles.append(draw_frame(clip[:, t], target, slot, dataset.class_names, height))
+    widest, tallest = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
+    sheet = Image.new("RGB", (widest * columns, tallest * -(-len(tiles) // columns)))
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % columns * widest, i // columns * tallest))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+# ---- options ----
+
+def at_least(least):
+    """A type of argparse: a whole number, at least so much."""
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+        return int(text)
+    return number
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tools.prepare", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.prepare",
+                                     description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("extract", "turn videos into the tree of frames that training reads"),
-                       ("check", "find what is wrong with a data set; exit status 0 if it may be trained on")):
+    for name, text in (
+            ("extract", "turn videos into the tree of frames that training reads"),
+            ("check", "find what is wrong with a data set; exit status 0: may be trained on")):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--dataset", required=True, choices=sorted(LAYOUTS))
-        command.add_argument("--data", required=True, metavar="DIR", help="the data set's folder")
-        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    command.add_argument("--every", type=int, metavar="N", help="decode every Nth frame only (default: 1; ava: 30)")
-    command.add_argument("--key-frames", action="store_true", help="custom: boxes are at key frames")
-    command.add_argument("--clips", type=int, default=12, help="clips on the sheet (default: 12)")
-    command.add_argument("--sheet", type=Path, metavar="FILE", help="the sheet (default: runs/check-DATASET.png)")
+        add = command.add_argument
+        add("--dataset", required=True, choices=sorted(LAYOUTS))
+        add("--data", required=True, metavar="DIR", help="the data set's folder")
+        add("--workers", type=at_least(1), default=cores(), metavar="N",
+            help="processes (default: one a core)")
+    add("--split", type=int, metavar="N", help="one of jhmdb's three splits (default: all)")
+    add("--key-frames", action="store_true", help="custom: boxes are at key frames")
+    add("--fill", type=at_least(0), default=0, metavar="N",
+        help="custom: interpolate a person's boxes that are up to N frames apart; train.py takes "
+             "the same option")
+    add("--missing", choices=("error", "leave-out"), default="error",
+        help="leave-out: do without the videos that have no frames; train.py takes the same")
+    add("--every", type=at_least(1), metavar="N",
+        help="decode every Nth frame only (default: 1; ava: 30)")
+    add("--clips", type=at_least(1), default=12, metavar="N", help="rows of the sheet (12)")
+    add("--sheet", type=Path, metavar="FILE", help="the sheet (default: runs/check-DATASET.png)")
+    text = "turn annotations of CVAT (video XML 1.1) or COCO into annotations.csv and classes.txt"
+    command = commands.add_parser("convert", help=text, description=text)
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    command.add_argument("--data", required=True, metavar="DIR", help="where they are written")
     args = parser.parse_args(argv)
-    return extract(args) if args.command == "extract" else check(args)
+    return {"extract": extract, "check": check, "convert": convert}[args.command](args)
 
 
 if __name__ == "__main__":
