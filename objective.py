@@ -19,7 +19,7 @@ queries learn zeros, and box and giou are 0.
 Five choices are the released recipe's and not the paper's, each with a comment where it acts: class
 losses of matched queries count tenfold; confidence losses of the others are weighed by 0.5 (AVA
 0.1); the class loss is that of the score, class times confidence (all presets but AVA's); labels
-are smoothed (AVA); and the last decoder layer alone has a loss (all layers in the synthetic preset).
+are smoothed (AVA); and the last decoder layer alone has a loss (in the synthetic preset all have).
 
 A target is a dict of one clip: boxes (N, T, 4) cx, cy, w, h in [0, 1], present (N, T) bool, labels
 (N, T, C) 0 or 1, frames (T,) bool, False on temporal padding, which is ignored by every part.
