@@ -21,15 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backbone import CSN152, CSNNeck, ConvNeck, ConvStem, ViT, ViTNeck, normalise, open_checkpoint
+from backbone import (CSN152, CSNNeck, ConvNeck, ConvStem, ViT, ViTNeck, normalise,
+                      open_checkpoint, strip_prefixes)
 from backbone import load_backbone  # noqa: F401
 from beside import small
 from beside.ablations import (DECODERS, DETRDecoder, classifying_layer, encoder_layer, keep_levels,
                               localizing_layer)
 from beside.released import QUIRKS, hold_unused_norm, load_released, released_weights  # noqa: F401
 from encoder import (DeformableEncoder, frequencies, paper_table, select, steps_of, to_common_grid)
-
-strip_prefixes = dict  # TEMPORARY until branch weights is merged
 
 # The words that Config's switches take; those of Tables 1, 2 and 4 are among them.
 CHOICES = {"backbone": ("vit", "csn152", "conv"), "positions": ("paper", "small"),
@@ -38,8 +37,7 @@ CHOICES = {"backbone": ("vit", "csn152", "conv"), "positions": ("paper", "small"
            "combine": ("sum", "concat", "cross-attention", "self-attention")}
 AT_LEAST_ONE = ("frames", "sampling_rate", "resize_size", "crop_size", "test_size", "num_classes",
                 "num_queries", "encoder_layers", "decoder_layers", "num_heads", "num_points",
-                "batch_size",
-                "micro_batch", "epochs", "eval_every")
+                "batch_size", "micro_batch", "epochs", "eval_every")
 REMOVED_FIELDS = {"schedule": "step", "lr_batch": 0}  # of older checkpoints, as this version is
 
 
@@ -214,8 +212,8 @@ def config_from_dict(values):
         if name in known:
             given[name] = tuple(value) if isinstance(value, list) else value
         elif name not in REMOVED_FIELDS:
-            raise ValueError(f"the checkpoint's Config has an unknown field {name!r}: is it of a newer "
-                             "version?")
+            raise ValueError(f"the checkpoint's Config has an unknown field {name!r}: is it of a "
+                             "newer version?")
         elif value != REMOVED_FIELDS[name]:
             raise ValueError(f"the checkpoint's Config has {name}={value!r}, no longer offered")
     given.setdefault("positions", given.get("initialisation", "paper"))

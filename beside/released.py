@@ -44,6 +44,8 @@ objective.py
     - The divisors are the numbers of frames, of matched pairs and of confidence weights, where
       Eq. 5 has |T||N_a|: they differ by constants that the loss weights absorb.
     - Matching costs have weights of their own, and no class in them.
+    - Queries without an actor weigh less in the confidence loss (no_actor_weight); Eq. 3 weighs all
+      queries alike.
 decoder.py
     - f is detached in front of the classifying layers; x, P and the level shares are not: through
       them the classes tell the localizing layers what to gather.

@@ -474,8 +474,7 @@ class FrameFolder:
     digits: int                    # a number is filled up with zeros to so many
     suffix: str
     first: int                     # the number of the first frame, 0 or 1
-    count: int                     # frames up to the highest number
-    present: int                   # how many of them are there
+    count: int                     # frames up to the highest number, whether they are there or not
 
     def path(self, index):
         """File of a frame, its index counted from 0."""
@@ -508,7 +507,7 @@ def read_folder(folder, stem):
                              "delete one of them")
     first = min(1, numbers[0])
     return FrameFolder(folder, prefix, min(map(len, written)), suffix, first,
-                       numbers[-1] + 1 - first, len(numbers))
+                       numbers[-1] + 1 - first)
 
 
 # --- video files
@@ -552,40 +551,45 @@ def video_rate(path):
         return mean_rate(stream)
 
 
-def stored_size(stream):
-    """(width, height) that all frames are scaled to, should their size change on the way."""
-    return stream.codec_context.width or None, stream.codec_context.height or None
-
-
-def upright(frame, size):
-    """A decoded frame as an array (H, W, 3) uint8, scaled to `size`, turned as a player shows it.
+class Converter:
+    """Makes of decoded frames of a stream pictures (H, W, 3) uint8, all of one size, turned as a
+    player shows them.
 
     A display matrix [[a, b, .], [c, d, .], [...]] moves what is stored at column p, row q to column
     a p + c q, row b p + d q: mirrored where the factor is negative. Other angles than quarter turns
     are taken as the nearest one.
     """
-    picture = frame.reformat(*size, format="rgb24").to_ndarray()
-    across, down = 1, 1
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            (a, b, _), (c, d, _), _ = np.frombuffer(data, np.int32).reshape(3, 3).tolist()
-            across, down = a, d
-            if abs(b) > abs(a):                            # columns become rows
-                picture = picture.transpose(1, 0, 2)
-                across, down = c, b
-    picture = picture[::-1 if down < 0 else 1, ::-1 if across < 0 else 1]
-    return np.ascontiguousarray(picture)
+
+    def __init__(self, stream):
+        from av.video.reformatter import VideoReformatter
+        # One for all frames: each has threads, and a frame that is freed late would keep its own
+        # alive, even into processes that are forked, where nothing can join them.
+        self.reformatter = VideoReformatter()
+        self.size = (stream.codec_context.width or None, stream.codec_context.height or None)
+        self.matrix = None
+
+    def __call__(self, frame):
+        if self.matrix is None:                            # of the first frame, for all of them
+            self.matrix = np.eye(3, dtype=np.int32)
+            for data in frame.side_data:
+                if data.type.name == "DISPLAYMATRIX":
+                    self.matrix = np.frombuffer(data, np.int32).reshape(3, 3).copy()
+        picture = self.reformatter.reformat(frame, *self.size, "rgb24").to_ndarray()
+        (a, b, _), (c, d, _), _ = self.matrix.tolist()
+        if abs(b) > abs(a):                                # columns become rows
+            picture, a, d = picture.transpose(1, 0, 2), c, b
+        return np.ascontiguousarray(picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1])
 
 
 def timed_frames(path):
-    """(decoded frame, seconds from the first, stored size) of a video file in the order shown.
+    """(decoded frame, seconds from the first, Converter) of a video file in the order shown.
 
     The decoder sorts the frames; time stamps are not relied on for their order. Seconds grow from
     frame to frame: where stamps jump back (joined files), time goes on behind the frame before.
     """
     with open_video(path) as (container, stream):
         stream.thread_type = "AUTO"
-        size, step = stored_size(stream), 1 / mean_rate(stream)
+        convert, step = Converter(stream), 1 / mean_rate(stream)
         without_pts = container.format.name == "avi"       # its stamps are in the order of decoding
         broadcast = container.format.name in ("mpegts", "mpeg")
         seconds, shift, last = -step, 0.0, None
@@ -599,14 +603,14 @@ def timed_frames(path):
                     shift = seconds + step - time          # the first, or another file joined to it
                 last = time
                 seconds = time + shift if time + shift > seconds else seconds + step
-            yield frame, seconds, size
+            yield frame, seconds, convert
 
 
 def video_frames(path):
     """The frames of a video file, decoded in a stream, in the order a player shows them: (picture
     (H, W, 3) uint8, upright; seconds from the first frame, never going back)."""
-    for frame, seconds, size in timed_frames(path):
-        yield upright(frame, size), seconds
+    for frame, seconds, convert in timed_frames(path):
+        yield convert(frame), seconds
 
 
 @cache
@@ -669,7 +673,7 @@ def seek_frames(path, index, stamps, keys):
     key = keys[keys <= expected[0]][-1]
     wanted, pictures, count = set(index.tolist()), [], 0
     with open_video(path) as (container, stream):
-        size = stored_size(stream)
+        convert = Converter(stream)
         container.seek(int(key), stream=stream)
         landed = None
         for packet in container.demux(stream):
@@ -682,7 +686,7 @@ def seek_frames(path, index, stamps, keys):
                 if frame.pts != expected[count] or frame.is_corrupt:
                     return None
                 if index[0] + count in wanted:
-                    pictures.append(upright(frame, size))
+                    pictures.append(convert(frame))
                 count += 1
                 if count == len(expected):
                     return pictures
@@ -698,10 +702,10 @@ def read_frames(path, index):
             return pictures
     wanted, pictures, count = set(index.tolist()), [], 0
     with open_video(path) as (container, stream):
-        size = stored_size(stream)
+        convert = Converter(stream)
         for frame in container.decode(stream):
             if count in wanted:
-                pictures.append(upright(frame, size))
+                pictures.append(convert(frame))
             count += 1
             if len(pictures) == len(wanted):
                 return pictures
@@ -763,7 +767,7 @@ class FrameSource:
         try:
             return [read_image(frames.path(int(i)), least) for i in index]
         except FileNotFoundError as error:
-            present = read_folder(frames.folder, Path(video).name).present
+            present = sum(path.suffix == frames.suffix for path in frames.folder.glob("*"))
             raise FileNotFoundError(f"frames missing: {error.filename} ({expected} expected, "
                                     f"{present} found); extract them with python -m tools.prepare "
                                     "extract") from None

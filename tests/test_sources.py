@@ -41,8 +41,9 @@ def shown(pictures):
     return numbers
 
 
-def write_video(path, pictures, codec="libx264", rate=25, container=None, **options):
-    """A video of pictures (H, W, 3), or of bars if `pictures` are numbers."""
+def write_video(path, pictures, codec="libx264", rate=25, container=None, ticks=None, **options):
+    """A video of pictures (H, W, 3), or of bars if `pictures` are numbers; ticks: their times, in
+    parts of 1 / rate."""
     import av
     options = {key.replace("_", "-"): str(value) for key, value in options.items()}
     pictures = [bars(picture) if np.isscalar(picture) else picture for picture in pictures]
@@ -50,8 +51,10 @@ def write_video(path, pictures, codec="libx264", rate=25, container=None, **opti
         stream = output.add_stream(codec, rate=rate, options=options)
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.height, stream.width = pictures[0].shape[:2]
-        for picture in pictures:
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for i, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = i if ticks is None else ticks[i]
+            output.mux(stream.encode(frame))
         output.mux(stream.encode())
 
 
@@ -433,11 +436,15 @@ def test_a_seek_is_taken_where_it_finds_what_is_expected_and_only_there(tmp_path
     assert sources.seek_frames(path, index, np.append(stamps, stamps[-1] + 1)[1:], keys) is not None
 
 
-@pytest.mark.parametrize("name", ["h264.avi", "joined.ts", "a.mpg"])
-def test_no_seek_is_taken_where_packets_may_not_tell_what_is_shown(tmp_path, name):
-    codec = "mpeg2video" if name == "a.mpg" else "libx264"
-    write_video(tmp_path / name, range(40), codec, g=10, bf=2)
-    assert sources.packet_stamps(tmp_path / name) is None
+@pytest.mark.parametrize("name, codec, options", [
+    ("a.avi", "libx264", {}), ("a.ts", "libx264", {}), ("a.mpg", "mpeg2video", {}),
+    ("a.mp4", "mpeg4", {}), ("a.webm", "libvpx", {"cpu_used": 8}),
+    ("a.mkv", "libx264", {"x264_params": "interlaced=1"})])
+def test_no_seek_is_taken_where_packets_may_not_tell_what_is_shown(tmp_path, name, codec, options):
+    path = tmp_path / name
+    write_video(path, range(40), codec, g=10, **options)
+    assert sources.packet_stamps(path) is None and len(frame_times(path)) == 40
+    assert shown(read_frames(path, np.array([33, 39]))) == [33, 39]
 
 
 def turned(picture, a, b, c, d):
@@ -504,9 +511,11 @@ def test_a_cut_without_encoding_has_the_frames_that_a_player_shows(tmp_path):
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
-def test_joined_transport_streams_go_on_in_time(tmp_path, codec):
-    for name, numbers in (("a.ts", range(24)), ("b.ts", range(24, 48))):
-        write_video(tmp_path / name, numbers, codec, g=12, bf=2)
+@pytest.mark.parametrize("start", [0, 2500])
+def test_joined_transport_streams_go_on_in_time(tmp_path, codec, start):
+    write_video(tmp_path / "a.ts", range(24), codec, g=12, bf=2)
+    ticks = range(start, start + 24)                       # the second file's own time
+    write_video(tmp_path / "b.ts", range(24, 48), codec, ticks=ticks, g=12, bf=2)
     path = tmp_path / "joined.ts"
     path.write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
     pictures, seconds = zip(*video_frames(path))
@@ -517,16 +526,8 @@ def test_joined_transport_streams_go_on_in_time(tmp_path, codec):
 
 
 def test_frames_at_uneven_times_keep_their_times(tmp_path):
-    import av
-    ticks = [0, 1, 2, 10, 11, 30, 31, 40]
-    with av.open(str(tmp_path / "a.mkv"), "w") as output:
-        stream = output.add_stream("libx264", rate=25, options={"bf": "2"})
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for number, tick in enumerate(ticks):
-            frame = av.VideoFrame.from_ndarray(bars(number), format="rgb24")
-            frame.pts = tick
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode())
+    ticks = [0, 1, 2, 10, 11, 30, 31, 500]
+    write_video(tmp_path / "a.mkv", range(8), ticks=ticks, bf=2)
     pictures, seconds = zip(*video_frames(tmp_path / "a.mkv"))
     assert shown(pictures) == list(range(8))
     assert np.abs(np.array(seconds) - np.array(ticks) / 25).max() < 0.002

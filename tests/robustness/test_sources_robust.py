@@ -1,6 +1,8 @@
 """sources.py on what hands and disks do to files: each fault is one message that names the file,
 the place and the way out, and nothing wrong is read in silence."""
 
+import gc
+import os
 import pickle
 
 import numpy as np
@@ -212,6 +214,9 @@ def test_a_video_without_pixels_is_named_with_what_helps(own):
 def test_videos_without_pixels_are_left_out_on_demand(own, tmp_path):
     others = [(f"lost{i:02d}", 1, .1, .1, .2, .2, 1, 1) for i in range(12)]
     write_csv(own / "annotations.csv", [*others, B, *ROWS])
+    lines = problems(own).split("\n")
+    assert lines[0].startswith("video without frames and without a file, 12 times; likely cause:")
+    assert [line.strip() for line in lines[1:]] == ["lost00", "lost01", "lost02", "and 9 more"]
     table, source = read_dataset("custom", own, "train", False, missing="leave out")
     assert table.videos == ["a"] and len(table.box) == 8 and not table.problems and "a" in source
     assert "videos without frames left out: 12 (lost00, lost01" in table.source
@@ -271,8 +276,10 @@ def test_two_folders_of_frames_of_one_video_are_an_error_that_names_both(own):
 
 
 def test_links_and_hidden_files_are_no_second_video(tmp_path):
-    (tmp_path / "other").mkdir()
+    for folder in ("other", "frames"):
+        (tmp_path / folder).mkdir()
     write_video(tmp_path / "a.mp4", range(5))
+    write_video(tmp_path / "frames/a.mp4", range(7))       # trees of frames are not searched
     (tmp_path / "other/a.mp4").symlink_to(tmp_path / "a.mp4")
     (tmp_path / "._a.mp4").write_bytes(b"of another system")
     assert len(sources.video_files(tmp_path)) == 1 and find_source(tmp_path, ["a"]).count("a") == 5
@@ -464,3 +471,21 @@ def test_a_wrong_folder_or_argument_is_an_error(tmp_path, own):
             ("0 with key frames", ("custom", own, "val", True, 1, "error", 5))):
         with pytest.raises(ValueError, match=message):
             read_dataset(*arguments)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
+@pytest.mark.parametrize("suffix", [".mp4", ".avi"])
+def test_reading_leaves_no_threads_that_forked_processes_would_wait_for(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    write_video(path, range(60))
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/task"))
+        list(video_frames(path))
+        sources.frame_times(path)
+        read_frames(path, np.array([3, 50]))
+        read_frames(path, np.array([50]))
+        assert len(os.listdir("/proc/self/task")) <= before
+    finally:
+        gc.enable()

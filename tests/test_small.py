@@ -1,0 +1,61 @@
+"""beside/small.py: positions and start of the small model."""
+import math
+from dataclasses import replace
+
+import torch
+
+from beside.small import anchors_around, by_place, frequencies, key_table, map_table
+from model import PRESETS, VideoActionDetector
+
+
+def test_frequencies_go_from_two_cycles_an_image_to_a_tenth():
+    values = frequencies(8)
+    assert torch.allclose(values[[0, 1, 6, 7]], torch.tensor([2.0, 2.0, 0.1, 0.1]))
+    padding = torch.zeros(1, 1, 4, 8, dtype=torch.bool)
+    table = key_table(16)(padding)[0, 0]  # (4, 8, 16): 8 channels for h, 8 for w
+    row, column = 2 * math.pi * 2.5 / 4 * 2, 2 * math.pi * 3.5 / 8 * 0.1  # angles
+    assert torch.allclose(table[2, :, 0], torch.tensor(math.sin(row)), atol=1e-5)
+    assert torch.allclose(table[:, 3, 15], torch.tensor(math.cos(column)), atol=1e-5)
+    assert map_table(16)(padding).shape == (1, 1, 4, 8, 16)
+
+
+def test_by_place_gives_every_head_both_axes_and_finds_the_own_place():
+    weight = by_place(4, 64)  # (M, D/M, D)
+    assert torch.allclose(weight.amax((1, 2)), torch.tensor([2, 5 / 3, 4 / 3, 1]))
+    for head in range(4):
+        channels = weight[head].sum(0).nonzero()[:, 0]
+        assert (channels < 32).sum() == 8 == (channels >= 32).sum(), "eight of y, eight of x"
+    table = key_table(64)(torch.zeros(1, 1, 6, 9, dtype=torch.bool))[0, 0].flatten(0, 1)  # (54, 64)
+    projected = torch.einsum("mkd,nd->mnk", weight, table)
+    logits = projected @ projected.transpose(1, 2)  # (M, 54, 54)
+    assert torch.equal(logits.argmax(-1), torch.arange(54).expand(4, -1))
+
+
+def test_a_small_model_starts_with_every_class_looking_at_its_actor():
+    torch.manual_seed(1)
+    model = VideoActionDetector(PRESETS["synthetic"]).eval()
+    with torch.no_grad():
+        out = model(torch.randn(1, 3, 8, 64, 96), return_attention=True)
+    height, width = out["attention"].shape[-2:]
+    centre = out["pred_boxes"][0, 0, :, :2]  # (A, 2)
+    rows = ((torch.arange(height) + 0.5) / height)[:, None]
+    columns = ((torch.arange(width) + 0.5) / width)[None]
+    for actor, (x, y) in enumerate(centre):
+        near = ((columns - x).abs() < 0.2) & ((rows - y).abs() < 0.3)
+        share = out["attention"][0, 0, actor][:, near].sum(-1)  # (C,)
+        assert share.min() > 1.5 * near.float().mean(), "more than its share of the area"
+
+
+def test_anchors_are_inside_and_apart():
+    boxes = anchors_around(5)
+    assert boxes.shape == (5, 4) and (boxes > 0).all() and (boxes < 1).all()
+    assert torch.pdist(boxes[:, :2]).min() > 0.2
+
+
+def test_the_small_start_serves_every_switch():
+    for changes in (dict(decoder="ldl"), dict(decoder="detr"), dict(class_position=False),
+                    dict(decoder_layers=1), dict(quirks=("split_heads", "bare_output"))):
+        config = replace(PRESETS["synthetic"], **changes)
+        with torch.no_grad():
+            out = VideoActionDetector(config).eval()(torch.randn(1, 3, 8, 64, 96))
+        assert out["pred_logits"].isfinite().all()
