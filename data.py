@@ -136,8 +136,7 @@ def render(images, transform):
     for t, image in enumerate(images):
         stored = np.array(image.size * 2)                                  # width, height, twice
         part = np.array([x, y, x + width, y + height]) * stored / (transform.resized * 2)
-        part = np.minimum(part, stored).tolist()                           # rounding may exceed it
-        image = image.resize((width, height), Image.Resampling.BICUBIC, box=part)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=part.tolist())
         frame = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))     # (3, H, W)
         if any(transform.jitter):
             frame = frame.astype(np.float32)
