@@ -43,7 +43,8 @@ def test_other_unsound_arrays_are_errors():
 
 
 @pytest.mark.parametrize("row, message", [
-    ("a,0902,0.1,0.1,0.5,0.5,1,0.9,1,2,3", "columns: 11"), ("a,0902,0.1,0.1,0.5,0.5,1", "columns: 7"),
+    ("a,0902,0.1,0.1,0.5,0.5,1,0.9,1,2,3", "columns: 11"),
+    ("a,0902,0.1,0.1,0.5,0.5,1", "columns: 7"),
     ("a,0902,0.1,nan,0.5,0.5,1,0.9", "a number that is not finite"),
     ("a,0902,0.5,0.1,0.1,0.5,1,0.9", "x2 < x1"),
     ("a,0902,0.1,0.1,0.5,0.05,1,0.9", "x2 < x1 or y2 < y1"),
