@@ -55,6 +55,7 @@ SHORTEST_SIDE = 360         # frames smaller than this are enlarged by a whole f
 SHEET_FRAMES = 6            # frames of a video that NAME.png shows
 GAP = 8                     # pixels between them
 FIGURE_WIDTH = 1152         # pixels of an attention sheet
+FIGURE_LETTERS = 16         # pixels of its letters
 FIGURE_CLIPS = 40           # clips that are looked at for one
 TICK = Fraction(1, 60000)   # of a second: the grain of a written video's times
 REMEMBERED = ("set", "precision", "classes", "heads", "maps", "look_from", "min_score", "top",
@@ -545,7 +546,7 @@ def draw_moment(dataset, moment):
     picture = stored_pictures(dataset, moment["clip"], clip)[moment["t"]]
     width = FIGURE_WIDTH // (1 + len(moment["labels"]))
     size = round(width * picture.shape[0] / picture.shape[1]), width
-    picture, letters = resize(picture, size), max(14, width // 18)
+    picture, letters = resize(picture, size), FIGURE_LETTERS
     boxes, colours = [moment["box"]], [COLOURS[0]]
     if "cause" in moment:
         boxes, colours = [moment["box"], moment["cause"]], [COLOURS[0], WHITE]
@@ -1018,7 +1019,7 @@ def show_clips(detector, dataset, classes, args):
 def draw_all(args, device, rank, precision):
     """What the command line asks for; precision: dtype of autocast."""
     args.ckpt = find_checkpoint(args.ckpt)
-    model, config, checkpoint = load_model(args.ckpt, args.set, device)
+    model, config, checkpoint = load_model(args.ckpt, args.set, device, args.preset)
     if args.heads == "content" and "split_heads" not in config.quirks:
         raise ValueError(f"--heads content: no heads of {args.ckpt} see content alone (no quirk "
                          "split_heads)")
