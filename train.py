@@ -134,15 +134,17 @@ def train(args, out):
             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(), "state": state, "config": asdict(config),
             "settings": settings, "dataset": training.name, "classes": list(training.class_names),
-            "epoch": state["step"] // steps_per_epoch, "code": code}
+            "epoch": state["step"] // steps_per_epoch, "processes": world, "code": code,
+            "metrics": folder.last_result()}
 
     def evaluate_share(share):
         """Evaluates this share of the validation videos. The best full evaluation is best.pt."""
         precision = settings["precision"]
         detections = detect(model, testing, config, device, precision, share, workers)
+        tubes = evaluate.link(detections, config)           # each rank those of its videos
         if rank > 0:
             return
-        results = evaluate.score(detections, testing, config)
+        results = evaluate.score(detections, testing, config, tubes=tubes)
         said = f"{results['videos']} of {len(testing.videos)} validation videos"
         if set(training.videos) == set(testing.videos):
             said += ", overfit check: they are the training videos"
@@ -283,15 +285,19 @@ def arguments(argv=None):
         description=__doc__.split("\n")[0],
         usage="train.py [--dataset NAME --data DIR] [options]; --help shows them")
     add = parser.add_argument_group("what is trained on what").add_argument
-    add("--dataset", choices=("synthetic", "ucf", "jhmdb", "ava", "custom"),
+    add("--dataset", choices=evaluate.DATASETS,
         help="synthetic (default), a benchmark, or custom: your own (docs/own_data.md)")
     add("--data", metavar="DIR", help="the data set's folder (synthetic has none)")
-    add("--split", type=int, help="1 (default), of jhmdb also 2 and 3")
+    add("--split", type=int, metavar="N", help="1 (default), of jhmdb also 2 and 3")
+    add("--missing", choices=("error", "leave-out"),
+        help="leave-out: do without the videos that have no frames (default: an error)")
+    add("--fill", type=evaluate.at_least(0), metavar="N",
+        help="custom: interpolate a person's boxes that are up to N frames apart, default 0")
     add("--preset", choices=PRESETS, help="sizes and recipe; default: the data set's; custom: ucf")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="change fields of the preset's Config: --set epochs=20 lr=1e-4")
     add("--list-fields", action="store_true", help="show these fields and what they mean, no more")
-    add("--seed", type=int, help="of everything random, default 0")
+    add("--seed", type=evaluate.at_least(0), metavar="N", help="of everything random, default 0")
     add = parser.add_argument_group("where it starts").add_argument
     add("--backbone-weights", metavar="FILE", help="published weights of the backbone; none: "
         "random ones; default for synthetic: weights/stem.safetensors")
@@ -302,17 +308,19 @@ def arguments(argv=None):
     add("--resume", metavar="DIR", nargs="?", const="", help="go on with the run in DIR, or --out")
     add = parser.add_argument_group("where it ends").add_argument
     add("--out", metavar="DIR", help="run folder, default runs/<dataset>-<date>-<time>")
-    add("--save-minutes", type=float, help="time between checkpoints within an epoch, default 5")
-    add("--eval-share", type=float, help="share of the validation videos evaluated, default 1")
-    add("--quick-share", type=float, help="share of these evaluated also at a quarter, half and "
-        "three quarters of the way between, never for best.pt; default .25 for synthetic, else 0")
+    add("--save-minutes", type=float, metavar="M", help="between checkpoints, default 5")
+    add("--eval-share", type=float, metavar="SHARE",
+        help="share of the validation videos that is evaluated, default 1")
+    add("--quick-share", type=float, metavar="SHARE",
+        help="share of these that is evaluated at a quarter, half and three quarters of the way "
+             "between, never for best.pt; default .25 for synthetic, else 0")
     add = parser.add_argument_group("how it runs").add_argument
     add("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     add("--precision", choices=evaluate.PRECISIONS, help="default: float32 on a CPU; on a GPU "
         "bf16, or tf32 where it lacks bf16. fp16 overflows sooner than bf16")
     add("--compile", action="store_true", default=None, help="torch.compile, part by part")
-    add("--workers", type=int, help="loading processes a rank; default: on a CPU 0, on a GPU up "
-        "to 8")
+    add("--workers", type=evaluate.at_least(0), metavar="N",
+        help="loading processes per rank; default: 0 on a CPU, up to 8 on a GPU")
     args = parser.parse_args(argv)
 
     if args.list_fields:
@@ -321,10 +329,8 @@ def arguments(argv=None):
     if args.data and not args.dataset and args.resume is None:
         parser.error(f"--data {args.data}: of which data set? Add --dataset ucf, jhmdb, ava or "
                      "custom (your own)")
-    for name in ("seed", "workers", "save_minutes"):
-        value = getattr(args, name)
-        if value is not None and not value >= 0:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 0")
+    if args.save_minutes is not None and not args.save_minutes >= 0:
+        parser.error(f"--save-minutes {args.save_minutes}: must be at least 0")
     if args.eval_share is not None and not 0 < args.eval_share <= 1:
         parser.error(f"--eval-share {args.eval_share}: must be above 0 and at most 1")
     if args.quick_share is not None and not 0 <= args.quick_share < 1:
@@ -351,7 +357,9 @@ def open_datasets(settings, config, args):
     name = settings["dataset"]
     sides = []
     for side in ("train", "val"):
-        dataset = build_dataset(name, settings["data"], side, config, settings["split"])
+        dataset = build_dataset(
+            name, settings["data"], side, config, settings["split"],
+            missing=settings["missing"].replace("-", " "), fill=settings["fill"])
         if len(dataset) == 0:
             raise ValueError(f"{name} in {settings['data']} has no clips for {side}")
         dataset[0]

@@ -49,11 +49,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # What a run is made with beside its Config; a resumed run has what its checkpoint has. None: the
 # data set's or the device's default.
 SETTINGS = {
-    "dataset": "synthetic", "preset": None, "data": None, "split": None, "seed": 0,
-    "precision": None, "compile": False, "eval_share": 1.0, "quick_share": None,
-    "save_minutes": 5.0}
-KEPT_SETTINGS = ("dataset", "preset", "split", "seed")      # what decides which clips a step takes
-KEPT_FIELDS = ("batch_size", "clips_per_epoch")             # is kept when a run is resumed
+    "dataset": "synthetic", "preset": None, "data": None, "split": None, "missing": "error",
+    "fill": 0, "seed": 0, "precision": None, "compile": False, "eval_share": 1.0,
+    "quick_share": None, "save_minutes": 5.0}
+# What decides which clips a step takes stays as it is when a run is resumed.
+KEPT_SETTINGS = ("dataset", "preset", "split", "missing", "fill", "seed")
+KEPT_FIELDS = ("batch_size", "clips_per_epoch")
 
 STEM = ROOT / "weights" / "stem.safetensors"    # the synthetic preset's backbone, pre-trained
 OF_CLASSES = ("decoder.class_queries", "decoder.class_head")    # tensors with a row for each class
@@ -481,6 +482,12 @@ class RunFolder:
                 line[name] = None
         self.log_file.write(json.dumps(line) + "\n")
         self.log_file.flush()
+
+    def last_result(self):
+        """The last row of results.csv, {} before the first."""
+        if not self.history:
+            return {}
+        return self.history[-1]
 
     def share_at(self, step):
         """The share of the validation videos that has been evaluated after a step, 0 without."""

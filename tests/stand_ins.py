@@ -66,7 +66,7 @@ class Clips:
     """Ten clips with 0 to 5 actors, drawn from their index; in training with noise for an
     augmentation. In the environment: SPOILT, indices of clips that are white; DELAY in seconds."""
 
-    def __init__(self, name, root, side, config, fold=1):
+    def __init__(self, name, root, side, config, fold=1, missing="error", fill=0):
         self.name = name
         self.config = config
         self.augment = side == "train"
@@ -122,6 +122,7 @@ def put_in(replace):
     replace(train, "build_dataset", Clips)
     replace(train.visualize, "attention_sheet", no_sheet)
     replace(runs.visualize, "training_curves", no_curves)
+    replace(runs, "STEM", Path("nowhere"))
 
 
 def run(out, *arguments, settings=()):

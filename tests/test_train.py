@@ -267,14 +267,19 @@ def test_the_share_that_is_evaluated_after_a_step():
     assert train.share_due(4, 3, config, settings) == 0             # within an epoch
 
 
-def test_quick_evaluations_are_marked_and_never_the_best(stand_ins, tmp_path):
-    scores = iter([0.9, 0.3, 0.8, 0.5])
+def score_as(patch, values):
+    """The f-mAP@0.5 of evaluations, one after the other."""
+    values = iter(values)
     score = train.evaluate.score
 
-    def scored(*args):
-        return score(*args) | {"f-mAP@0.5": next(scores)}
+    def scored(*args, **options):
+        return score(*args, **options) | {"f-mAP@0.5": next(values)}
 
-    stand_ins.setattr(train.evaluate, "score", scored)
+    patch.setattr(train.evaluate, "score", scored)
+
+
+def test_quick_evaluations_are_marked_and_never_the_best(stand_ins, tmp_path):
+    score_as(stand_ins, [0.9, 0.3, 0.8, 0.5])
     run(tmp_path, "--quick-share", "0.5", settings=["epochs=4", "eval_every=2"])
     with open(tmp_path / "results.csv") as file:
         rows = list(csv.DictReader(file))
@@ -285,10 +290,7 @@ def test_quick_evaluations_are_marked_and_never_the_best(stand_ins, tmp_path):
 
 
 def test_best_is_a_link_to_the_checkpoint_of_the_best_evaluation(stand_ins, tmp_path):
-    scores = iter([0.3, 0.5, 0.4])
-    score = train.evaluate.score
-    stand_ins.setattr(
-        train.evaluate, "score", lambda *args: score(*args) | {"f-mAP@0.5": next(scores)})
+    score_as(stand_ins, [0.3, 0.5, 0.4])
     run(tmp_path, settings=["epochs=2"])
     assert (tmp_path / "best.pt").samefile(tmp_path / "last.pt")
     train.main(["--resume", str(tmp_path), "--set", "epochs=3"])

@@ -277,7 +277,7 @@ def test_arguments_that_are_impossible_or_contradict_are_refused(capsys, argumen
     (["--set", "epochs=1"], "epochs=1: the run has done 2.00 already.*epochs=2 or more"),
     (["--preset", "ucf"], "--preset ucf: this run has synthetic"),
     (["--dataset", "ucf", "--data", "x"], "--dataset ucf: this run has synthetic"),
-    (["--seed", "3"], "--seed 3: this run has 0"),
+    (["--seed", "3"], "--seed 3: this run has 0"), (["--fill", "3"], "--fill 3: this run has 0"),
     (["--set", "batch_size=8"], "batch_size=8: this run has 4"),
     (["--set", "num_queries=5"], "weights do not fit.*decoder")])
 def test_a_resumed_run_stays_what_it_was(stand_ins, tmp_path, arguments, message):
