@@ -1,13 +1,13 @@
-"""A checkpoint's numbers: frame mAP and video mAP, per class and class group (Sec. 5.2, Tables 5-7,
-Fig. 1).
+"""A checkpoint's numbers: frame mAP and video mAP, per class and class group.
 
-    python evaluate.py                                      # the synthetic model that comes with
-    this python evaluate.py --ckpt runs/NAME [--dataset D --data DIR --split 1] [--protocol
-    released] torchrun --nproc_per_node 8 evaluate.py --ckpt runs/NAME            # the same
-    numbers, sooner python evaluate.py --ckpt runs/A runs/B runs/C --split 1 2 3        # JHMDB:
-    the mean of splits python evaluate.py --detections runs/NAME/evaluation/detections.npz # scored
-    again, no model run python evaluate.py --efficiency                                     # Table
-    6
+Sec. 5.3 and 5.4: Tables 5 to 7, Fig. 1.
+
+    python evaluate.py                                        # the synthetic model that comes along
+    python evaluate.py --ckpt runs/NAME [--dataset D --data DIR --split 1] [--protocol released]
+    torchrun --nproc_per_node 8 evaluate.py --ckpt runs/NAME  # the same numbers, sooner
+    python evaluate.py --ckpt runs/A runs/B runs/C --split 1 2 3           # JHMDB: their mean
+    python evaluate.py --detections runs/NAME/evaluation/detections.npz    # scored again
+    python evaluate.py --efficiency                                        # Table 6
 
 `detect` runs the model over a data set and returns plain arrays, a row for each actor query and
 frame; `link` makes tubes of them; `score` compares both with the data set's ground truth as

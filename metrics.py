@@ -4,9 +4,9 @@ Boxes are x1, y1, x2, y2. Frames and videos are integers or strings.
 
 Two protocols. `strict` is this project's own, the same for every data set that has tubes;
 `released` has the rules of the code that made the paper's tables, so that a released checkpoint
-gives the released numbers:
+gives the released numbers. The linking of `strict` is ACT's (Kalogeiton et al., ICCV 2017):
 
-             strict                              released (class-query-vad)
+             strict                              released (the authors' code)
 frame mAP    plain IoU, best ground truth,       the same
              taken already: false positive
 linking      greedy in time, every class,        best paths through all frames, NMS of tubes,

@@ -76,8 +76,9 @@ class Detector:
 def detect_clip(detector, clip, target, heads=None):
     """The model on one clip (3, T, H, W) -> (detections, attention).
 
-    detections: `evaluate.rows` of the clip's frames, as (frames, A, ...) arrays. attention:
-    (T, A, C, H', W'), the mean over "all" heads or over the "content" heads; None without `heads`.
+    detections: `evaluate.rows` of the clip's frames, as (frames, A, ...) arrays; attention: the last
+    decoder layer's maps (T, A, C, H', W'), the mean over "all" heads or over the "content" heads,
+    those that see no position with the quirk split_heads; None without `heads`.
     """
     device, dtype = detector.device, detector.precision
     wanted = "heads" if heads == "content" else heads is not None
