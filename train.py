@@ -303,8 +303,8 @@ def arguments(argv=None):
         "random ones; default for synthetic: weights/stem.safetensors")
     add("--init", metavar="FILE", help="fine-tuning: the whole model of a checkpoint, this "
         "project's or the authors'")
-    add("--init-transformer", metavar="FILE", help="the paper's stage two: encoder and decoder of stage "
-        "one's checkpoint, the backbone again from pre-training")
+    add("--init-transformer", metavar="FILE", help="the paper's stage two: encoder and decoder of "
+        "stage one's checkpoint, the backbone again from pre-training")
     add("--resume", metavar="DIR", nargs="?", const="", help="go on with the run in DIR, or --out")
     add = parser.add_argument_group("where it ends").add_argument
     add("--out", metavar="DIR", help="run folder, default runs/<dataset>-<date>-<time>")
@@ -336,7 +336,8 @@ def arguments(argv=None):
     if args.quick_share is not None and not 0 <= args.quick_share < 1:
         parser.error(f"--quick-share {args.quick_share}: must be at least 0 (none) and below 1")
     if args.init and (args.init_transformer or args.backbone_weights):
-        parser.error("--init takes a whole model: leave --init-transformer and --backbone-weights out")
+        parser.error("--init takes a whole model: leave --init-transformer and --backbone-weights "
+                     "out")
     if args.resume is not None and (args.init or args.init_transformer or args.backbone_weights):
         parser.error("--resume goes on with the weights of the run: --init, --init-transformer and "
                      "--backbone-weights start another one")

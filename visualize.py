@@ -76,7 +76,7 @@ class Detector:
 def detect_clip(detector, clip, target, heads=None):
     """The model on one clip (3, T, H, W) -> (detections, attention).
 
-    detections: `evaluate.rows` of the clip's frames, as (frames, A, ...) arrays; attention: the last
+    detections: `evaluate.rows` of the clip's frames as (frames, A, ...) arrays; attention: the last
     decoder layer's maps (T, A, C, H', W'), the mean over "all" heads or over the "content" heads,
     those that see no position with the quirk split_heads; None without `heads`.
     """
