@@ -1,13 +1,13 @@
-"""A checkpoint's numbers: frame mAP and video mAP, per class and class group (Sec. 5.2, Tables 5-7,
-Fig. 1).
+"""A checkpoint's numbers: frame mAP and video mAP, per class and class group.
 
-    python evaluate.py                                      # the synthetic model that comes with
-    this python evaluate.py --ckpt runs/NAME [--dataset D --data DIR --split 1] [--protocol
-    released] torchrun --nproc_per_node 8 evaluate.py --ckpt runs/NAME            # the same
-    numbers, sooner python evaluate.py --ckpt runs/A runs/B runs/C --split 1 2 3        # JHMDB:
-    the mean of splits python evaluate.py --detections runs/NAME/evaluation/detections.npz # scored
-    again, no model run python evaluate.py --efficiency                                     # Table
-    6
+Sec. 5.3 and 5.4: Tables 5 to 7, Fig. 1.
+
+    python evaluate.py                                        # the synthetic model that comes along
+    python evaluate.py --ckpt runs/NAME [--dataset D --data DIR --split 1] [--protocol released]
+    torchrun --nproc_per_node 8 evaluate.py --ckpt runs/NAME  # the same numbers, sooner
+    python evaluate.py --ckpt runs/A runs/B runs/C --split 1 2 3           # JHMDB: their mean
+    python evaluate.py --detections runs/NAME/evaluation/detections.npz    # scored again
+    python evaluate.py --efficiency                                        # Table 6
 
 `detect` runs the model over a data set and returns plain arrays, a row for each actor query and
 frame; `link` makes tubes of them; `score` compares both with the data set's ground truth as
@@ -199,42 +199,42 @@ def rows(out, targets, config, oracle=None):
     conf = out["pred_conf"].float().sigmoid()                           # (B, T, A)
     if not config.score_with_confidence:
         conf = torch.ones_like(conf)
-    table = torch.cat([cxcywh_to_xyxy(boxes), conf[..., None], prob], -1)   # (B, T, A, 5 + C)
-    table = table.cpu().numpy()
+    found = torch.cat([cxcywh_to_xyxy(boxes), conf[..., None], prob], -1)   # (B, T, A, 5 + C)
+    found = found.cpu().numpy()
     if oracle:
-        give_truth(oracle, table, out, targets, config)
+        give_truth(oracle, found, out, targets, config)
     keep = torch.stack([target["frames"] for target in targets]).bool().numpy()     # (B, T)
-    if keep.shape != table.shape[:2]:
-        raise ValueError(f"the model gives {table.shape[:2]} clips and frames, the targets have "
+    if keep.shape != found.shape[:2]:
+        raise ValueError(f"the model gives {found.shape[:2]} clips and frames, the targets have "
                          f"{keep.shape}: is the data set built with another Config than the model?")
     size = torch.stack([torch.as_tensor(target["size"]) for target in targets]).numpy()
     frame = torch.stack([target["frame_ids"] for target in targets]).numpy()        # (B, T)
     video = np.array([target["video_index"] for target in targets])
     clip, _ = np.nonzero(keep)                          # (k,), of each frame that is kept
     scale = size[clip][:, None, [1, 0, 1, 0]].astype(np.float32)        # (k, 1, 4)
-    table = table[keep]                                                 # (k, A, 5 + C)
-    if not np.isfinite(table).all():
+    found = found[keep]                                                 # (k, A, 5 + C)
+    if not np.isfinite(found).all():
         names = ", ".join(sorted({target["video"] for target in targets}))
         raise ValueError(f"the model's outputs on {names} are not finite; its weights or these "
                          "clips hold NaN or inf")
-    queries = table.shape[1]
+    queries = found.shape[1]
     return {"video": video[clip].repeat(queries),                       # (k * A,)
             "frame": frame[keep].repeat(queries),
-            "box": (table[..., :4] * scale).reshape(-1, 4),             # (k * A, 4)
-            "class_prob": table[..., 5:].reshape(-1, prob.shape[-1]),   # (k * A, C)
-            "conf": table[..., 4].reshape(-1)}                          # (k * A,)
+            "box": (found[..., :4] * scale).reshape(-1, 4),             # (k * A, 4)
+            "class_prob": found[..., 5:].reshape(-1, prob.shape[-1]),   # (k * A, C)
+            "conf": found[..., 4].reshape(-1)}                          # (k * A,)
 
 
-def give_truth(oracle, table, out, targets, config):
+def give_truth(oracle, found, out, targets, config):
     """Fig. 1 and Table 7: the true labels or boxes in place of those of the queries matched with an
-    actor, in table (B, T, A, 5 + C): x1, y1, x2, y2, confidence, classes."""
+    actor, in found (B, T, A, 5 + C): x1, y1, x2, y2, confidence, classes."""
     clip, frame, query, actor = (index.cpu().numpy() for index in match(out, targets, config))
     for b, target in enumerate(targets):
         t, a, n = frame[clip == b], query[clip == b], actor[clip == b]
         if oracle == "boxes":
-            table[b, t, a, :4] = cxcywh_to_xyxy(target["boxes"]).numpy()[n, t]
+            found[b, t, a, :4] = cxcywh_to_xyxy(target["boxes"]).numpy()[n, t]
         else:
-            table[b, t, a, 5:] = target["labels"].numpy()[n, t]
+            found[b, t, a, 5:] = target["labels"].numpy()[n, t]
 
 
 # ---- from detections to numbers -----------------------------------------------------------------
@@ -333,12 +333,12 @@ def table(results):
     return lines({label: results} | results["per_group"])
 
 
-def lines(rows):
-    """{label: {metric: value}} as text; the first row's metrics are the columns."""
-    columns = [name for name in next(iter(rows.values())) if "-mAP@" in name]
-    width = max(len(label) for label in rows) + 2
+def lines(results):
+    """{label: {metric: value}} as text; the metrics of the first are the columns."""
+    columns = [name for name in next(iter(results.values())) if "-mAP@" in name]
+    width = max(len(label) for label in results) + 2
     text = ["".ljust(width) + "".join(f"{name:>16}" for name in columns)]
-    for label, values in rows.items():
+    for label, values in results.items():
         text.append(label.ljust(width) + "".join(f"{values[name]:>16.4f}" for name in columns))
     return "\n".join(text)
 
@@ -528,13 +528,15 @@ def load_model(path=None, changes=(), device="cpu", preset=None):
 def open_dataset(args, config, classes, source, trained):
     """The clips that args.dataset, .data, .split and .side name, seen as at test time.
 
-    trained: a dict of "dataset", "data", "split", which hold where args has None. SystemExit where
-    they cannot be opened or do not have `classes`, those of `source` (None: not known).
+    trained: a dict of the same names, which holds where args has None. SystemExit where they cannot
+    be opened or do not have `classes`, those of `source` (None: not known).
     """
     name = args.dataset or trained.get("dataset")
     if name != trained.get("dataset"):
         trained = {}
     root, split = args.data or trained.get("data"), args.split or trained.get("split") or 1
+    missing = (args.missing or trained.get("missing") or "error").replace("-", " ")
+    fill = trained.get("fill") or 0 if args.fill is None else args.fill
     if root is None and name != "synthetic":
         raise SystemExit(f"data set {name!r} of {source} is read from a folder: name it with "
                          "--data DIR")
@@ -544,7 +546,7 @@ def open_dataset(args, config, classes, source, trained):
     if args.split not in (None, 1) and name not in ("ucf", "jhmdb"):
         raise SystemExit(f"--split {args.split}: {name} has one split")
     try:
-        dataset = build_dataset(name, root, args.side, config, int(split))
+        dataset = build_dataset(name, root, args.side, config, int(split), missing, int(fill))
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     dataset.augment = False
@@ -608,6 +610,10 @@ def add_source_arguments(parser, several=False):
                        help="1-3 for jhmdb, the others have one; default: the checkpoint's")
     group.add_argument("--side", choices=("train", "val"), default="val",
                        help="training or validation (test) videos of the split (val)")
+    group.add_argument("--missing", choices=("error", "leave-out"),
+                       help="of videos that have no frames; default: as in training, or error")
+    group.add_argument("--fill", type=at_least(0), metavar="N",
+                       help="interpolate boxes up to N frames apart; default: as in training, or 0")
     group.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE",
                        help="change the checkpoint's Config")
     group.add_argument("--device", help="default: cuda if there is one, else cpu")
@@ -730,14 +736,14 @@ def evaluate_splits(args, device, precision):
         results[f"split {split}"] = evaluate_split(source, out, of_split, device, precision)
     if len(splits) == 1 or this_rank()[0] > 0:
         return
-    metrics_of_all = [name for name in results[f"split {splits[0]}"] if "-mAP@" in name]
-    mean = {name: float(np.mean([values[name] for values in results.values()]))
-            for name in metrics_of_all}
-    print(lines({f"mean of {len(splits)} splits": mean} | results))
-    splits_of_file = {name: {metric: values[metric] for metric in mean}
-                      for name, values in results.items()}
+    numbers = {}                        # the metrics of each split, without its classes
+    for split, values in results.items():
+        numbers[split] = {name: value for name, value in values.items() if "-mAP@" in name}
+    mean = {name: float(np.mean([values[name] for values in numbers.values()]))
+            for name in numbers[f"split {splits[0]}"]}
+    print(lines({f"mean of {len(splits)} splits": mean} | numbers))
     path = results_folder(sources[0], args) / "mean.json"
-    write_json(path, mean | {"protocol": args.protocol, "splits": splits_of_file})
+    write_json(path, mean | {"protocol": args.protocol, "splits": numbers})
     print(f"wrote {path}")
 
 
@@ -754,10 +760,10 @@ def main(argv=None):
         elif rank == 0:
             print_efficiency(args, device, autocast)
     except (OSError, ValueError) as error:
-        lines_of_error = str(error).strip().split("\n")
-        if "Traceback" in str(error):           # of a loading process: the last line says it
-            lines_of_error = lines_of_error[-1:]
-        raise SystemExit("evaluate.py: " + "\n".join(lines_of_error)) from error
+        text = str(error).strip()
+        if "Traceback" in text:                 # of a loading process: its last line says it
+            text = text.split("\n")[-1]
+        raise SystemExit(f"evaluate.py: {text}") from error
     except torch.OutOfMemoryError as error:
         raise SystemExit(f"evaluate.py: out of memory: {str(error).split('.')[0]}; take a smaller "
                          "--batch-size, or --precision bf16") from error

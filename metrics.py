@@ -4,9 +4,9 @@ Boxes are x1, y1, x2, y2. Frames and videos are integers or strings.
 
 Two protocols. `strict` is this project's own, the same for every data set that has tubes;
 `released` has the rules of the code that made the paper's tables, so that a released checkpoint
-gives the released numbers:
+gives the released numbers. The linking of `strict` is ACT's (Kalogeiton et al., ICCV 2017):
 
-             strict                              released (class-query-vad)
+             strict                              released (the authors' code)
 frame mAP    plain IoU, best ground truth,       the same
              taken already: false positive
 linking      greedy in time, every class,        best paths through all frames, NMS of tubes,
@@ -631,21 +631,21 @@ def read_ava(path, columns=8):
     videos, rows, problems = read_rows(Path(path))
     if problems:
         raise ValueError(problems[0])
-    timestamp, nobody = rows[:, 1].astype(np.int64), np.isnan(rows[:, 2:]).all(1)
+    timestamp, nobody = rows["frame"].astype(np.int64), np.isnan(rows["label"])
     if columns == 2:
         if not nobody.all():
-            raise ValueError(f"{path} row {nobody.argmin() + 1}: 8 columns, not 2")
+            raise ValueError(f"{path} row {rows['line'][nobody.argmin()]}: 8 columns, not 2")
         return {"video": videos, "timestamp": timestamp}
-    faults = {"a number that is not finite": ~np.isfinite(rows[:, 2:]).all(1),
-              "x2 < x1 or y2 < y1": (rows[:, 5:7] < rows[:, 3:5]).any(1),
-              "an action id that is not a whole number": rows[:, 7] % 1 > 0}
+    videos, timestamp, rows = videos[~nobody], timestamp[~nobody], rows[~nobody]
+    box, label, score = rows["box"], rows["label"], rows["person"]
+    faults = {"a number that is not finite": ~np.isfinite(box).all(1) | ~np.isfinite(label),
+              "x2 < x1 or y2 < y1": (box[:, 2:] < box[:, :2]).any(1),
+              "an action id that is not a whole number": label % 1 != 0}
     for what, bad in faults.items():
-        bad = bad & ~nobody
         if bad.any():
-            raise ValueError(f"{path} row {bad.argmax() + 1}: {what}")
-    rows = rows[~nobody]
-    return {"video": videos[~nobody], "timestamp": timestamp[~nobody], "box": rows[:, 3:7],
-            "label": rows[:, 7].astype(np.int64), "score": rows[:, 2]}
+            raise ValueError(f"{path} row {rows['line'][bad.argmax()]}: {what}")
+    return {"video": videos, "timestamp": timestamp, "box": box, "label": label.astype(np.int64),
+            "score": score}
 
 
 def best_rows(frame, score, cap):

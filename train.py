@@ -299,15 +299,15 @@ def arguments(argv=None):
     add("--preset", choices=PRESETS, help="sizes and recipe; default: the data set's; custom: ucf")
     add("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="change fields of the preset's Config: --set epochs=20 lr=1e-4")
-    add("--list-fields", action="store_true", help="show these fields and what they mean, no more")
+    add("--fields", action="store_true", help="show these fields and what they mean, no more")
     add("--seed", type=evaluate.at_least(0), metavar="N", help="of everything random, default 0")
     add = parser.add_argument_group("where it starts").add_argument
     add("--backbone-weights", metavar="FILE", help="published weights of the backbone; none: "
         "random ones; default for synthetic: weights/stem.safetensors")
     add("--init", metavar="FILE", help="fine-tuning: the whole model of a checkpoint, this "
         "project's or the authors'")
-    add("--stage-one", metavar="FILE", help="the paper's stage two: encoder and decoder of stage "
-        "one's checkpoint, the backbone again from pre-training")
+    add("--init-transformer", metavar="FILE", help="the paper's stage two: encoder and decoder of "
+        "stage one's checkpoint, the backbone again from pre-training")
     add("--resume", metavar="DIR", nargs="?", const="", help="go on with the run in DIR, or --out")
     add = parser.add_argument_group("where it ends").add_argument
     add("--out", metavar="DIR", help="run folder, default runs/<dataset>-<date>-<time>")
@@ -326,7 +326,7 @@ def arguments(argv=None):
         help="loading processes per rank; default: 0 on a CPU, up to 8 on a GPU")
     args = parser.parse_args(argv)
 
-    if args.list_fields:
+    if args.fields:
         print(list_fields(PRESETS[args.preset or default_preset(args.dataset or "synthetic")]))
         parser.exit()
     if args.data and not args.dataset and args.resume is None:
@@ -338,10 +338,11 @@ def arguments(argv=None):
         parser.error(f"--eval-share {args.eval_share}: must be above 0 and at most 1")
     if args.quick_share is not None and not 0 <= args.quick_share < 1:
         parser.error(f"--quick-share {args.quick_share}: must be at least 0 (none) and below 1")
-    if args.init and (args.stage_one or args.backbone_weights):
-        parser.error("--init takes a whole model: leave --stage-one and --backbone-weights out")
-    if args.resume is not None and (args.init or args.stage_one or args.backbone_weights):
-        parser.error("--resume goes on with the weights of the run: --init, --stage-one and "
+    if args.init and (args.init_transformer or args.backbone_weights):
+        parser.error("--init takes a whole model: leave --init-transformer and --backbone-weights "
+                     "out")
+    if args.resume is not None and (args.init or args.init_transformer or args.backbone_weights):
+        parser.error("--resume goes on with the weights of the run: --init, --init-transformer and "
                      "--backbone-weights start another one")
     if args.resume == "" and not args.out:
         parser.error("--resume needs the run folder: --resume runs/NAME")

@@ -55,6 +55,7 @@ SHORTEST_SIDE = 360         # frames smaller than this are enlarged by a whole f
 SHEET_FRAMES = 6            # frames of a video that NAME.png shows
 GAP = 8                     # pixels between them
 FIGURE_WIDTH = 1152         # pixels of an attention sheet
+FIGURE_LETTERS = 16         # pixels of its letters
 FIGURE_CLIPS = 40           # clips that are looked at for one
 TICK = Fraction(1, 60000)   # of a second: the grain of a written video's times
 REMEMBERED = ("set", "precision", "classes", "heads", "maps", "look_from", "min_score", "top",
@@ -72,11 +73,12 @@ class Detector:
     precision: torch.dtype | None = None        # of autocast, None without
 
 
-def detect(detector, clip, target, heads=None):
+def detect_clip(detector, clip, target, heads=None):
     """The model on one clip (3, T, H, W) -> (detections, attention).
 
-    detections: `evaluate.rows` of the clip's frames, as (frames, A, ...) arrays. attention:
-    (T, A, C, H', W'), the mean over "all" heads or over the "content" heads; None without `heads`.
+    detections: `evaluate.rows` of the clip's frames as (frames, A, ...) arrays; attention: the last
+    decoder layer's maps (T, A, C, H', W'), the mean over "all" heads or over the "content" heads,
+    those that see no position with the quirk split_heads; None without `heads`.
     """
     device, dtype = detector.device, detector.precision
     wanted = "heads" if heads == "content" else heads is not None
@@ -111,7 +113,7 @@ def find_actors(detector, clips, min_score):
     frames = {"number": [], "seconds": [], "size": None, "best": 0.0}
     parts = []
     for clip, target, _ in bar(clips, "finding tubes", unit="clip"):
-        part, _ = detect(detector, clip, target)
+        part, _ = detect_clip(detector, clip, target)
         for t in frame_slots(target):
             frames["number"].append(int(target["frame_ids"][t]))
             frames["seconds"].append(target["times"][t])
@@ -208,7 +210,7 @@ def frames_to_draw(detector, clips, actors, names, classes, heads, top):
     "all" or "content", None for no attention."""
     for clip, target, pictures in clips:
         if heads:
-            part, attention = detect(detector, clip, target, heads)
+            part, attention = detect_clip(detector, clip, target, heads)
         height, width = target["size"].tolist()
         for row, t in enumerate(frame_slots(target)):
             number = int(target["frame_ids"][t])
@@ -307,8 +309,8 @@ def resize(picture, size):
     """A picture (H, W, 3) as an image of another size; where that is a whole multiple, pixels are
     repeated."""
     whole = size[0] % picture.shape[0] == 0 and size[1] % picture.shape[1] == 0
-    filter = Image.Resampling.NEAREST if whole else Image.Resampling.BILINEAR
-    return Image.fromarray(picture).resize((size[1], size[0]), filter, reducing_gap=1.0)
+    method = Image.Resampling.NEAREST if whole else Image.Resampling.BILINEAR
+    return Image.fromarray(picture).resize((size[1], size[0]), method, reducing_gap=1.0)
 
 
 def upsample(maps, size):
@@ -434,9 +436,10 @@ def font(size):
     return ImageFont.truetype(font_file(), size)
 
 
+@lru_cache
 def drawable(names):
-    """Class names as they can be drawn: letters that the font lacks are left out, and "class 3"
-    stands where none is left. Says once which names that changes."""
+    """A tuple of class names as they can be drawn: letters that the font lacks are left out, and
+    "class 3" stands where none is left. Says, once, which names that changes."""
     from matplotlib.ft2font import FT2Font
     letters, drawn, changed = FT2Font(font_file()).get_charmap(), [], []
     for number, name in enumerate(names, 1):
@@ -544,14 +547,15 @@ def draw_moment(dataset, moment):
     picture = stored_pictures(dataset, moment["clip"], clip)[moment["t"]]
     width = FIGURE_WIDTH // (1 + len(moment["labels"]))
     size = round(width * picture.shape[0] / picture.shape[1]), width
-    picture, letters = resize(picture, size), max(14, width // 18)
+    picture, letters = resize(picture, size), FIGURE_LETTERS
     boxes, colours = [moment["box"]], [COLOURS[0]]
     if "cause" in moment:
         boxes, colours = [moment["box"], moment["cause"]], [COLOURS[0], WHITE]
     boxes = np.stack(boxes) * (size[1], size[0], size[1], size[0])
+    names = drawable(tuple(dataset.class_names))
     panels = [(f"{target['video']}, frame {int(target['frame_ids'][moment['t']])}", picture)]
     for label in moment["labels"]:
-        title = f"{dataset.class_names[label]} {moment['scores'][label]:.2f}"
+        title = f"{names[label]} {moment['scores'][label]:.2f}"
         if label == moment.get("context"):
             title += f", {moment['share']:.2f} on its cause"
         panels.append((title, shine(picture, upsample(moment["maps"][[label]], size), COLOURS[:1])))
@@ -826,8 +830,8 @@ def show(detector, clips, video, rate, out, names, classes, args):
     on_sheet = np.linspace(0, count - 1, SHEET_FRAMES).astype(int).tolist()
 
     def pictures():
-        to_draw = frames_to_draw(detector, clips(args.maps), actors, drawable(names), classes,
-                                 args.heads if args.maps else None, args.top)
+        to_draw = frames_to_draw(detector, clips(args.maps), actors, drawable(tuple(names)),
+                                 classes, args.heads if args.maps else None, args.top)
         for number, frame in enumerate(bar(to_draw, "drawing", total=count, unit="frame")):
             if number in on_sheet:
                 sheet.append(draw_frame(frame, args.width // 2 - GAP))
@@ -1016,7 +1020,7 @@ def show_clips(detector, dataset, classes, args):
 def draw_all(args, device, rank, precision):
     """What the command line asks for; precision: dtype of autocast."""
     args.ckpt = find_checkpoint(args.ckpt)
-    model, config, checkpoint = load_model(args.ckpt, args.set, device)
+    model, config, checkpoint = load_model(args.ckpt, args.set, device, args.preset)
     if args.heads == "content" and "split_heads" not in config.quirks:
         raise ValueError(f"--heads content: no heads of {args.ckpt} see content alone (no quirk "
                          "split_heads)")

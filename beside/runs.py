@@ -4,7 +4,8 @@ clips, the folder.
 A run's folder, written by rank 0:
     config.json     settings and Config
     last.pt         all that the run needs to go on
-    best.pt         the last.pt of the best evaluation: a hard link, not a second copy
+    best.pt         the last.pt of the full evaluation with the highest f-mAP@0.5, the first of
+                    equals: a hard link, not a second copy
     log.jsonl       a line a step
     results.csv     a line an evaluation, with the share of the validation videos that it is of
     curves.png      both, drawn
@@ -294,7 +295,7 @@ def first_weights(model, args, settings, class_names):
     """Puts the weights that the command line asks for into the model -> words that say which.
 
     --init: the whole of another model. --backbone-weights: the backbone's, by default the stem that
-    comes with the synthetic set. --stage-one: encoder and decoder beside these.
+    comes with the synthetic set. --init-transformer: encoder and decoder beside these.
     """
     if args.init:
         return start_from(model, args.init, class_names, preset=args.preset)
@@ -310,8 +311,8 @@ def first_weights(model, args, settings, class_names):
                 "the paper's is pre-trained; --backbone-weights FILE, or none if this is meant")
     else:
         said = "random weights"
-    if args.stage_one:
-        said += "; " + start_from(model, args.stage_one, class_names, True, args.preset)
+    if args.init_transformer:
+        said += "; " + start_from(model, args.init_transformer, class_names, True, args.preset)
     return said
 
 

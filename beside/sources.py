@@ -474,8 +474,7 @@ class FrameFolder:
     digits: int                    # a number is filled up with zeros to so many
     suffix: str
     first: int                     # the number of the first frame, 0 or 1
-    count: int                     # frames up to the highest number
-    present: int                   # how many of them are there
+    count: int                     # frames up to the highest number, whether they are there or not
 
     def path(self, index):
         """File of a frame, its index counted from 0."""
@@ -508,7 +507,7 @@ def read_folder(folder, stem):
                              "delete one of them")
     first = min(1, numbers[0])
     return FrameFolder(folder, prefix, min(map(len, written)), suffix, first,
-                       numbers[-1] + 1 - first, len(numbers))
+                       numbers[-1] + 1 - first)
 
 
 # --- video files
@@ -768,7 +767,7 @@ class FrameSource:
         try:
             return [read_image(frames.path(int(i)), least) for i in index]
         except FileNotFoundError as error:
-            present = read_folder(frames.folder, Path(video).name).present
+            present = sum(path.suffix == frames.suffix for path in frames.folder.glob("*"))
             raise FileNotFoundError(f"frames missing: {error.filename} ({expected} expected, "
                                     f"{present} found); extract them with python -m tools.prepare "
                                     "extract") from None
@@ -875,7 +874,7 @@ def choose_videos(videos, source, missing, alone):
     if not lost or (alone and missing == "error" and not kept):
         return videos, "", []
     if missing == "leave out" and kept:
-        return kept, f"; {len(lost)} without frames left out: {some(lost)}", []
+        return kept, f"; videos without frames left out: {len(lost)} ({some(lost)})", []
     there = {path.stem for path in video_files(source.root)}
     for name in FRAME_FOLDERS:
         there.update(path.name for path in source.root.glob(f"{name}/*"))

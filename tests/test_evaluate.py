@@ -521,7 +521,7 @@ def folds(monkeypatch, tmp_path):
     sets = {1: Videos((5, 6, 14)), 2: Videos((9, 8)), 3: Videos((12, 7, 6))}
     opened = []
 
-    def build_dataset(name, root, side, config, fold):
+    def build_dataset(name, root, side, config, fold, missing, fill):
         opened.append(fold)
         sets[fold].name = name
         return sets[fold]

@@ -303,6 +303,20 @@ def test_of_two_truths_with_equal_iou_the_free_one_is_taken():
     assert official["AP"] == {1: 0.5}   # the official script takes the first
 
 
+def test_a_detection_between_two_truths_takes_one_of_them():
+    box = np.array([[0, 0, 10, 10], [4, 0, 14, 10.]])
+    truth = {"frame": np.zeros(2, int), "label": np.zeros(2, int), "box": box}
+    between = {"frame": np.zeros(1, int), "label": np.zeros(1, int), "score": np.ones(1),
+               "box": box.mean(0, keepdims=True)}
+    assert frame_map(between, truth, 1)["mAP"] == 0.5
+    tubes = [{"video": 0, "label": 0, "frames": [1, 2], "boxes": np.tile(one, (2, 1))}
+             for one in box]
+    tube = {**tubes[0], "score": 1.0, "boxes": np.tile(between["box"], (2, 1))}
+    assert video_map([tube], tubes, 1)["mAP"] == 0.5
+    released = video_map([tube], tubes, 1, protocol="released_ucf")["mAP"]
+    assert released == pytest.approx(0.5, abs=1e-5)
+
+
 # ---- slow loops ---------------------------------------------------------------------------------
 
 def slow_iou(a, b, plus_one=0):
@@ -707,6 +721,7 @@ def test_ava_map_by_hand(tmp_path):
     assert result["mAP"] == 0.75
     excluded = ava_map(*ava_files(tmp_path, excluded="b,903\n"))
     assert excluded["AP"][3] == 0.0             # a false positive at 904 stays
+    assert np.isnan(ava_map(*ava_files(tmp_path, excluded="a,902\n"))["AP"][1])
     better = "b,903,0.2,0.2,0.9,0.9,1,0.95\nb,903,0.2,0.2,0.9,0.9,2,0.99\n"
     files = ava_files(tmp_path, better + DETECTIONS)[:3]
     assert ava_map(*files, cap=1)["AP"][3] == 0.0           # of class 2 nothing counts

@@ -292,7 +292,8 @@ def row_name(decoder, kind):
 
 
 def draw_figure(runs, rows, path):
-    """mAP and the share on the cause over K: a dot a run, a line through the means over seeds."""
+    """mAP and the share on the cause over K: a dot a run, a line through the means over seeds; in
+    grey what one has who does not look, and the share of one who looks everywhere alike."""
     figure = Figure((9.5, 3.4), layout="constrained")
     for panel, value in zip(figure.subplots(1, 2), ("mAP", "share")):
         for decoder, kind in rows:
@@ -309,6 +310,8 @@ def draw_figure(runs, rows, path):
         panel.set_xlabel("K: places that an actor's classes need")
         panel.set_xticks(NUM_PLACES)
     left, right = figure.axes
+    left.axhline(0.506, color="grey", lw=0.8)
+    right.axhline(1 / (HEIGHT * WIDTH), color="grey", lw=0.8)
     left.set_title("mAP", fontsize=10)
     right.set_title("attention of true labels on their cause", fontsize=10)
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)

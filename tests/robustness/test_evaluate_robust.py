@@ -135,7 +135,7 @@ def test_a_clip_that_cannot_be_read_is_one_line(workers, checkpoint, monkeypatch
         def __getitem__(self, index):
             raise OSError("cannot read the image 00001.jpg: broken; extract it again")
 
-    def build_dataset(name, root, side, config, fold):
+    def build_dataset(name, root, side, config, *options):
         return Broken(config, side)
 
     monkeypatch.setattr(evaluate, "build_dataset", build_dataset)

@@ -43,7 +43,8 @@ def test_other_unsound_arrays_are_errors():
 
 
 @pytest.mark.parametrize("row, message", [
-    ("a,0902,0.1,0.1,0.5,0.5,1,0.9,1,2,3", "11 columns"), ("a,0902,0.1,0.1,0.5,0.5,1", "7 columns"),
+    ("a,0902,0.1,0.1,0.5,0.5,1,0.9,1,2,3", "columns: 11"),
+    ("a,0902,0.1,0.1,0.5,0.5,1", "columns: 7"),
     ("a,0902,0.1,nan,0.5,0.5,1,0.9", "a number that is not finite"),
     ("a,0902,0.5,0.1,0.1,0.5,1,0.9", "x2 < x1"),
     ("a,0902,0.1,0.1,0.5,0.05,1,0.9", "x2 < x1 or y2 < y1"),
@@ -60,7 +61,7 @@ def test_a_faulty_row_of_an_ava_file_is_one_error_with_its_row(tmp_path, row, me
 @pytest.mark.parametrize("change, message", [
     ({"truth": "a,0902\n" + GROUND_TRUTH + "a,0902,1,1,0,1,1,0\n"}, "truth.csv row 5: x2 < x1"),
     ({"truth": "a,0902\n"}, "no row of the label map's classes is left"),
-    ({"excluded": "a,0902,1\n"}, "excluded.csv row 1: 3 columns"),
+    ({"excluded": "a,0902,1\n"}, "excluded.csv row 1: columns: 3"),
     ({"excluded": "b,0903\n" + DETECTIONS}, "excluded.csv row 2: 8 columns, not 2"),
     ({"label_map": "stand, run"}, "map.pbtxt .*no label map")])
 def test_other_faults_of_ava_files_are_errors(tmp_path, change, message):

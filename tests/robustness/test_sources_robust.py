@@ -214,10 +214,13 @@ def test_a_video_without_pixels_is_named_with_what_helps(own):
 def test_videos_without_pixels_are_left_out_on_demand(own, tmp_path):
     others = [(f"lost{i:02d}", 1, .1, .1, .2, .2, 1, 1) for i in range(12)]
     write_csv(own / "annotations.csv", [*others, B, *ROWS])
+    lines = problems(own).split("\n")
+    assert lines[0].startswith("video without frames and without a file, 12 times; likely cause:")
+    assert [line.strip() for line in lines[1:]] == ["lost00", "lost01", "lost02", "and 9 more"]
     table, source = read_dataset("custom", own, "train", False, missing="leave out")
     assert table.videos == ["a"] and len(table.box) == 8 and not table.problems and "a" in source
-    assert "; 12 without frames left out: lost00, lost01" in table.source
-    assert table.source.endswith("and 2 more")
+    assert "videos without frames left out: 12 (lost00, lost01" in table.source
+    assert table.source.endswith("and 2 more)")
 
 
 def test_tube_sets_leave_out_videos_on_demand_too(tmp_path):
@@ -226,7 +229,7 @@ def test_tube_sets_leave_out_videos_on_demand_too(tmp_path):
     assert "video without frames and without a file, once" in problems(tmp_path, name="jhmdb")
     table, _ = read_dataset("jhmdb", tmp_path, "train", False, missing="leave out")
     assert table.videos == ["clap/v"] and table.label.sum(axis=0).tolist() == [0, 8]
-    assert "; 1 without frames left out: catch/w" in table.source
+    assert "videos without frames left out: 1 (catch/w)" in table.source
 
 
 def test_an_annotation_alone_can_be_read_but_gives_no_pixels(ucf):

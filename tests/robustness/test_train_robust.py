@@ -248,7 +248,7 @@ def test_a_folder_with_a_run_is_refused(stand_ins, tmp_path):
     (["--dataset", "jhmdb", "--data", "x", "--split", "4"], "--split 4: the splits of jhmdb"),
     (["--device", "cuda"], "--device cuda: torch finds no GPU"),
     (["--init", "missing.pt"], "missing.pt"),
-    (["--stage-one", "missing.pt"], "missing.pt"),
+    (["--init-transformer", "missing.pt"], "missing.pt"),
     (["--backbone-weights", "missing.pt"], "missing.pt")])
 def test_wrong_arguments_end_with_one_line_and_nothing_is_written(
         stand_ins, tmp_path, arguments, message):
@@ -265,7 +265,7 @@ def test_wrong_arguments_end_with_one_line_and_nothing_is_written(
     (["--data", "x"], "of which data set"), (["--resume"], "--resume runs/NAME"),
     (["--resume", "x", "--init", "y"], "--resume goes on"),
     (["--resume", "x", "--out", "y"], "leave --out y out"),
-    (["--init", "x", "--stage-one", "y"], "--init takes a whole model")])
+    (["--init", "x", "--init-transformer", "y"], "--init takes a whole model")])
 def test_arguments_that_are_impossible_or_contradict_are_refused(capsys, arguments, message):
     with pytest.raises(SystemExit) as ended:
         train.arguments(arguments)
