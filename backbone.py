@@ -2,13 +2,14 @@
 
 ViT-B as VideoMAE has it (Conv3d patches of 2x16x16, T' = T/2) with four maps made from its last
 features, strides 4, 8, 16, 32; ir-CSN-152 with three of its stages and a fourth map, strides 8, 16,
-16, 32, time halved from stage 2 on; and a small convolutional stem for the synthetic preset,
-strides 8 and 16, T' = T. A backbone gives its raw feature maps; its neck turns them into L maps of
-D channels. The neck starts from scratch and trains at the full rate.
+16, 32, time halved in each of stages 2, 3 and 4 (T' then differs from level to level); and a small
+convolutional stem for the synthetic preset, strides 8 and 16, T' = T. A backbone gives its raw
+feature maps; its neck (the paper's "1D convolutions" are 1x1x1 here) turns them into L maps of D
+channels. The neck starts from scratch and trains at the full rate.
 
 As in the released model, the ViT does not mask padding, and a side that 16 does not divide is
-floored. The paper's multi-scale maps are "outputs from intermediate layers": CSN's are, the ViT's
-are all made from its last features, as the released model has them.
+floored. The paper's multi-scale maps are "outputs from intermediate layers": three of CSN's are,
+the ViT's are all made from its last features, as the released model has them.
 
 The second half of the file loads published weights, and opens any PyTorch file without executing
 what is in it.
@@ -34,7 +35,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of colou
 
 
 def normalise(clips, padding_mask=None):
-    """uint8 clips (B, 3, T, H, W) -> float32, less ImageNet's mean and over its deviation.
+    """uint8 clips (B, 3, T, H, W) -> float32, minus ImageNet's mean, divided by its deviation.
 
     Where padding_mask (B, H, W) is True, the result is 0. The statistics are plain numbers, channel
     by channel: a tensor of them would be copied from the host at each call.

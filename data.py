@@ -10,9 +10,10 @@ makes clips of T frames of it, at a temporal stride (T x tau in Tables 5 and 6):
                             T = 1.
 
 A slot of a clip before a video's first frame or behind its last repeats that frame and is False in
-target["frames"]: it is ignored by loss and metrics.
+target["frames"]: it is ignored by loss and metrics (not so AVA's only frame, the key frame).
 
-`dataset[i]` is (clip, target): clip (3, T, H, W) uint8, which the model normalises; target a dict
+`dataset[i]` is (clip, target): clip (3, T, H, W) uint8, made float32 and normalised by the model
+(backbone.normalise); target a dict
 
     boxes        (N, T, 4) float32  cx, cy, w, h in [0, 1] of the clip, cut to it; 0 if not present
     present      (N, T) bool        the actor has a box in this frame and the clip shows some of it
@@ -28,8 +29,8 @@ A data set has name, videos, class_names, class_groups ({} where classes have no
 
 Augmentation, of which the paper says nothing, is the released model's: flip, crop and colour
 jitter, each uniform and drawn once a clip. The generator is numpy's, seeded by one draw of torch's,
-so it follows torch.manual_seed, in the workers of a DataLoader too. Departure: colours are changed
-in float32 and rounded once, so that a jitter of zero changes nothing.
+so it follows torch.manual_seed, in the workers of a DataLoader too. Departure from the released
+code: colours are changed in float32 and rounded once, so that a jitter of zero changes nothing.
 """
 # B clips of a batch, K of a data set, T frames, N actors in a clip, C classes, H x W pixels
 # V videos, M boxes of a table, R of them in a clip
@@ -136,8 +137,7 @@ def render(images, transform):
     for t, image in enumerate(images):
         stored = np.array(image.size * 2)                                  # width, height, twice
         part = np.array([x, y, x + width, y + height]) * stored / (transform.resized * 2)
-        part = np.minimum(part, stored).tolist()                           # rounding may exceed it
-        image = image.resize((width, height), Image.Resampling.BICUBIC, box=part)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, box=part.tolist())
         frame = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))     # (3, H, W)
         if any(transform.jitter):
             frame = frame.astype(np.float32)

@@ -12,8 +12,12 @@ classifying layers then run over a flat list of I (frame, actor) pairs.
 The paper is silent on some points; here, as in the released model: f is detached; the class
 queries of an actor attend to each other without projections of query, key and value; a class logit
 is the mean over the channels of a LayerNorm. beside/released.py lists where the released model
-departs from the paper; `anchor_before_norm` and `three_way_confidence` are marked lines here.
-beside/ablations.py has Tables 1 to 4. """
+departs from the paper; `anchor_before_norm` and `three_way_confidence` are marked lines here. In
+the paper's presets its ReleasedClassifyingLayer stands in for ClassifyingLayer: one block for all
+convolutions, no W_Q and W_K on the concatenations, class attention also on padding, no add & norm
+behind it. beside/ablations.py has Tables 1 to 4. Small methods (`add_...`, `combine`, `convolve`,
+`class_predictions`) are what these two files replace.
+"""
 
 # B clips, T frames, F = B*T frames of the batch, A actors, C classes, L levels, N cells (H*W), D
 # channels, M heads, Y decoder layers, I (frame, actor) pairs that are classified
@@ -103,7 +107,8 @@ class LocalizingLayer(nn.Module):
         self.level_weights = nn.Linear(dim, num_levels)
 
     def level_shares(self, actors):
-        """w: how much of each level is in an actor's map, (F, A, D) -> (F, A, L)."""
+        """w: how much of each level is in an actor's map, read off the embedding behind the
+        self-attention, (F, A, D) -> (F, A, L)."""
         return self.level_weights(actors).softmax(-1)
 
     def context(self, memory, shares):
@@ -126,12 +131,15 @@ class LocalizingLayer(nn.Module):
         the two concatenated in each head.
 
         actors, query_pos, P (F, A, D); memory (F, L, N, D); shares (F, A, L); key_pos (F, N, D);
-        padding (F, N). Returns (F, A, D) and the attention weights (F, A, N), mean over heads. """
+        padding (F, N). Returns (F, A, D) and the attention weights (F, A, N), mean over heads.
+        """
         heads = self.num_heads
         context = self.context(memory, shares)  # (F, A, N, D)
         query = self.cross_query_content(actors)  # (F, A, D)
         query_position = self.cross_query_position(P)  # (F, A, D)
-        if self.first:  # the box is added to the content query, the position to the content key
+        # In the first layer the box is added to the content query, the position to the content key:
+        # q (k + k_pos) = q k + q k_pos, hence q is added to the position query.
+        if self.first:
             query = query + self.cross_query_box(query_pos)
             query_position = query_position + query
         query = query.unflatten(-1, (heads, -1))  # (F, A, M, D/M)
@@ -235,10 +243,14 @@ class ClassifyingLayer(nn.Module):
         return self.norm1(queries + self.dropout(self.self_output(attended)))
 
     def class_attention(self, queries, P, z, key_pos, padding):
-        """Eq. 1 and 2: the attention maps of the C classes of each actor.
+        """Eq. 1 and 2 as they are printed: the attention maps of the C classes of each actor.
 
-        queries (I, C, D); P (I, D); z (I, N, D); key_pos, the P_V of Eq. 2, (I, N, D); padding (I,
-        N). Returns (I, M, C, N), which sum to 1 over the N cells. """
+        To be read; `forward` calls `class_attention_folded`, the same numbers (a test compares).
+        queries (I, C, D); P (I, D); z (I, N, D); key_pos (I, N, D), the P_V of Eq. 1, which is the
+        position table of the common grid's map; padding (I, N).
+
+        Returns (I, M, C, N), which sum to 1 over the N cells.
+        """
         nu = torch.cat([queries, P[:, None].expand_as(queries)], -1)  # (I, C, 2D): class and actor
         eta = torch.cat([z, key_pos], -1)  # (I, N, 2D): actor and region
         q = to_heads(self.query(nu), self.num_heads)  # (I, M, C, 2D/M)
@@ -261,8 +273,7 @@ class ClassifyingLayer(nn.Module):
         return masked_softmax(logits * q.shape[-1] ** -0.5, padding)
 
     def add_and_norm(self, queries, attended):
-        """Behind the cross attention. The paper does not say; DETR's decoder, on which it builds,
-        does so."""
+        """Behind the cross attention: the paper does not say, DETR's decoder has add & norm."""
         return self.norm2(queries + self.dropout(attended))
 
     def forward(self, queries, f, context, P, key_pos, padding, size):
@@ -287,7 +298,8 @@ class Decoder(nn.Module):
     """Both kinds of layers and the heads. See `forward`.
 
     localizing, classifying: lists of Y layers each; frequencies (D/2,) of the anchors' sine
-    embedding; recompute: each classifying layer again in the backward pass. """
+    embedding; recompute: each classifying layer again in the backward pass.
+    """
 
     def __init__(self, localizing, classifying, dim, num_queries, num_frames, num_classes,
                  frequencies, logit_dropout=0.0, recompute=False, three_way_confidence=False,
@@ -304,7 +316,8 @@ class Decoder(nn.Module):
         self.localizing = nn.ModuleList(localizing)
         self.norm = nn.LayerNorm(dim)
         self.box_head = MLP(dim, dim, dim, 4)
-        self.confidence_head = nn.Linear(dim, 3 if three_way_confidence else 1)
+        outputs = 3 if three_way_confidence else 1  # Quirk
+        self.confidence_head = nn.Linear(dim, outputs)
         self.add_classifier(classifying, dim, num_classes, logit_dropout)
 
     def add_classifier(self, classifying, dim, num_classes, logit_dropout):
@@ -315,7 +328,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Anchors anywhere, and at first no layer moves them; matrices are drawn by the model."""
+        """Random anchors, which no layer moves at first; the model has drawn the matrices."""
         nn.init.normal_(self.anchors)
         nn.init.zeros_(self.box_head.layers[-1].weight)
         nn.init.zeros_(self.box_head.layers[-1].bias)
@@ -377,25 +390,27 @@ class Decoder(nn.Module):
             anchors = boxes.detach()
         return predictions, outputs
 
-    def classify_layer(self, number, size, queries, memory, key_pos, padding, f, P, shares, keep):
-        """Classifying layer `number` on all pairs of some frames, or on those that keep (F, A)
-        names."""
-        context = self.localizing[number].context(memory, shares)  # (F, A, N, D)
-        num_actors = f.shape[1]
-        key_pos = key_pos[:, None].expand(-1, num_actors, -1, -1)  # (F, A, N, D)
-        padding = padding[:, None].expand(-1, num_actors, -1)  # (F, A, N)
-        if keep is None:
-            pairs = [part.flatten(0, 1) for part in (f, context, P, key_pos, padding)]
-        else:
-            pairs = [part[keep] for part in (f, context, P, key_pos, padding)]  # (I, ...)
-        return self.classifying[number](queries, *pairs, size)
+    def class_predictions(self, predictions, outputs, memory, key_pos, padding, size, gate,
+                          return_attention):
+        """Adds "pred_logits" (F, A, C) to the predictions; returns the last layer's maps or None.
+
+        Without a gate nothing here depends on values, so that nothing waits for the GPU.
+        """
+        per_frame = [memory, key_pos, padding]
+        per_frame += [torch.stack([of[name] for of in outputs], 1) for name in ("f", "P", "shares")]
+        if gate > 0:
+            per_frame.append(predictions[-1]["pred_conf"].sigmoid() >= gate)  # keep (F, A)
+        classify = partial(self.classify, size, return_attention)
+        logits, *attention = in_pieces(classify, PIECE, *per_frame)
+        for number, prediction in enumerate(predictions):
+            prediction["pred_logits"] = logits[:, :, number]
+        return attention[0].unflatten(-1, size) if return_attention else None
 
     def classify(self, size, return_attention, memory, key_pos, padding, f, P, shares, keep=None):
-        """All classifying layers: f, P (F, Y, A, D), shares (F, Y, A, L), keep (F, A) or None for
-        all actors.
+        """All classifying layers: f, P (F, Y, A, D), shares (F, Y, A, L), keep (F, A) or None.
 
-        Returns the class logits (F, A, Y, C) and, if asked, the last layer's maps, as `forward`
-        has them. """
+        Returns the class logits (F, A, Y, C) and, if asked, the last layer's maps (F, A, ...).
+        """
         queries, logits = self.class_queries[None], []
         for number in range(len(self.classifying)):
             arguments = (number, size, queries, memory, key_pos, padding,
@@ -416,28 +431,29 @@ class Decoder(nn.Module):
             return tuple(part.unflatten(0, (len(f), -1)) for part in results)  # (F, A, ...)
         return tuple(back_to_actors(part, keep, fill) for part, fill in zip(results, (-1e4, 0.0)))
 
-    def class_predictions(self, predictions, outputs, memory, key_pos, padding, size, gate,
-                          return_attention):
-        """Adds "pred_logits" (F, A, C) to the predictions; returns the last layer's maps or
-        None."""
-        per_frame = [memory, key_pos, padding]
-        per_frame += [torch.stack([of[name] for of in outputs], 1) for name in ("f", "P", "shares")]
-        if gate > 0:
-            per_frame.append(predictions[-1]["pred_conf"].sigmoid() >= gate)  # keep (F, A)
-        classify = partial(self.classify, size, return_attention)
-        logits, *attention = in_pieces(classify, PIECE, *per_frame)
-        for number, prediction in enumerate(predictions):
-            prediction["pred_logits"] = logits[:, :, number]
-        return attention[0].unflatten(-1, size) if return_attention else None
+    def classify_layer(self, number, size, queries, memory, key_pos, padding, f, P, shares, keep):
+        """Classifying layer `number` on all pairs of some frames, or where keep (F, A) is True."""
+        context = self.localizing[number].context(memory, shares)  # (F, A, N, D)
+        num_actors = f.shape[1]
+        key_pos = key_pos[:, None].expand(-1, num_actors, -1, -1)  # (F, A, N, D)
+        padding = padding[:, None].expand(-1, num_actors, -1)  # (F, A, N)
+        if keep is None:
+            pairs = [part.flatten(0, 1) for part in (f, context, P, key_pos, padding)]
+        else:
+            pairs = [part[keep] for part in (f, context, P, key_pos, padding)]  # (I, ...)
+        return self.classifying[number](queries, *pairs, size)
 
     def forward(self, memory, key_pos, padding, anchors, actors, gate=0.0, return_attention=False):
-        """memory (F, L, H, W, D), key_pos (F, H, W, D), padding (F, H, W), anchors (F, A, 4),
-        actor embeddings (F, A, D).
+        """memory (F, L, H, W, D), key_pos (F, H, W, D), padding (F, H, W), anchors (F, A, 4), actor
+        embeddings (F, A, D): the paper's AE, zeros in its presets and not learned, so that a
+        frame's queries differ by their anchors alone.
 
         Returns a list with a dict for each layer: pred_boxes (F, A, 4), pred_conf (F, A) and
-        pred_logits (F, A, C), all float32; and the class attention maps of the last layer, (F, A,
-        C, H, W), the mean over heads, with return_attention="heads" (F, A, C, M, H, W), or None.
-        Actors whose confidence is below `gate` are not classified: their logits are -1e4. """
+        pred_logits (F, A, C), logits whose sigmoid is in model.scores, all float32; and the class
+        attention maps of the last layer, the mean over heads (F, A, C, H, W), with
+        return_attention="heads" (F, A, C, M, H, W), or None. Actors whose confidence is below
+        `gate` are not classified: their logits are -1e4.
+        """
         size = tuple(memory.shape[2:4])
         memory, key_pos, padding = memory.flatten(2, 3), key_pos.flatten(1, 2), padding.flatten(1)
         predictions, outputs = self.localize(memory, key_pos, padding, anchors, actors)
@@ -447,8 +463,7 @@ class Decoder(nn.Module):
 
 
 def back_to_actors(part, keep, fill):
-    """Values (I, ...) of the actors that keep (F, A) names, and `fill` for the others -> (F, A,
-    ...)."""
+    """Values (I, ...) where keep (F, A) is True, and `fill` for the others -> (F, A, ...)."""
     everyone = part.new_full((*keep.shape, *part.shape[1:]), fill)
     everyone[keep] = part
     return everyone

@@ -3,13 +3,15 @@
 The L maps (B, D, T_l, H_l, W_l) of the backbone become one sequence of S = sum T_l*H_l*W_l cells.
 Every cell, as a query, samples P points per head and level around its own place, at offsets in (t,
 h, w) and with weights that a linear layer reads off the query. Then all encoded maps are brought
-to the T x H x W of one of them, in all T frames (last paragraph of Sec. 4.1): `to_common_grid`.
+to the T x H x W of the third (stride 16; Config.grid_level), in all T frames (last paragraph of
+Sec. 4.1): `to_common_grid`.
 
 Where the released model departs from the paper, a line is marked "Quirk" (beside/released.py lists
 them): `position_pairs`, `offset_axes` and `grid_edge` act here.
 
 Nothing here waits for the GPU or copies to it: what depends on sizes alone is made on the device,
-once. """
+once.
+"""
 
 # B clips, T_l, H_l, W_l cells of level l, L levels, S cells of all levels, Q of them as queries,
 # D channels, M heads, P points
@@ -130,7 +132,8 @@ def cell_references(paddings):
     in (t, h, w).
 
     A cell's centre over the unpadded extent of its own level, times the unpadded share of the
-    level that is sampled. """
+    level that is sampled.
+    """
     points, shares = [], []
     for padding in paddings:
         device, content = padding.device, ~padding
@@ -235,7 +238,8 @@ class DeformableEncoder(nn.Module):
 
     steps: L lists of the time steps that are read later, or None for all. The last layer encodes
     no others, and T_l counts these in what it returns. recompute: each layer again in the backward
-    pass. """
+    pass.
+    """
 
     def __init__(self, layers, num_levels, dim, offset_axes=False, recompute=False):
         super().__init__()
@@ -269,13 +273,13 @@ class DeformableEncoder(nn.Module):
 
 
 def sample_place(index, size, target, grid_edge):
-    """Where sample `index` of `target` lies on a line of `size` cells, 0 being the centre of the
-    first.
+    """Where sample `index` (a number, or a tensor of them) of `target` lies on a line of `size`
+    cells, 0 being the centre of the first.
 
-    The samples are the centres of `target` equal parts. Quirk grid_edge: they reach from -1 to 1
-    where these are the outer edges of the line, so that the first and the last lie half a cell
-    outside of the outermost cell centres, and half of their weight falls on zeros. index: a
-    number, or a tensor of them. """
+    The samples are the centres of `target` equal parts of the line. Quirk grid_edge: they are
+    spread evenly from edge to edge, the first on the outer edge of the first cell, half a cell from
+    its centre, where half of the weight falls on zeros; on every axis, time too.
+    """
     if grid_edge:
         return index * (size / max(target - 1, 1)) - 0.5
     return (index + 0.5) * (size / target) - 0.5
@@ -287,7 +291,7 @@ def resize_weights(size, target, grid_edge, device):
     cells = torch.arange(size, device=device, dtype=torch.float64)
     index = torch.arange(target, device=device, dtype=torch.float64)
     place = sample_place(index, size, target, grid_edge)
-    if not grid_edge:
+    if not grid_edge:  # nothing falls on zeros outside
         place = place.clamp(0, size - 1)
     return (1 - (place[:, None] - cells).abs()).clamp(min=0).float()
 
@@ -305,9 +309,9 @@ def steps_of(frames, size, num_frames, grid_edge):
 def to_common_grid(maps, lengths, size, num_frames, grid_edge, frames=None, steps=None):
     """Encoded maps L x (B, T_l, H_l, W_l, D) -> (B, T, L, H, W, D), (H, W) being `size`.
 
-    lengths: the L levels' numbers of time steps. frames: a list of those of the `num_frames`
-    frames that are wanted, and steps: L lists of the time steps that the maps still hold for them;
-    None: all. """
+    lengths: the L levels' numbers of time steps. frames: indices of the frames that are wanted,
+    None for all; steps: for each level the time steps that `maps` holds, None for all.
+    """
     gridded = []
     for level, x in enumerate(maps):
         time = resize_weights(lengths[level], num_frames, grid_edge, device=x.device)  # (T, T_l)

@@ -8,7 +8,8 @@ logits (decoder).
 The paper presets have all of the released model's departures from the paper, each a name in
 `Config.quirks` (beside/released.py); the alternatives of Tables 1 to 4 are in beside/ablations.py,
 what the small model of the synthetic preset needs in beside/small.py.
-`VideoActionDetector.__init__` chooses among them once. """
+`VideoActionDetector.__init__` chooses among them once.
+"""
 
 # B clips, T frames, T' time steps of the backbone, F = B*T frames of a batch, A actors, C classes,
 # L levels, D channels, M heads
@@ -25,9 +26,8 @@ from backbone import (CSN152, CSNNeck, ConvNeck, ConvStem, ViT, ViTNeck, normali
                       open_checkpoint, strip_prefixes)
 from backbone import load_backbone  # noqa: F401
 from beside import small
-from beside.ablations import (DECODERS, DETRDecoder, classifying_layer, encoder_layer, keep_levels,
-                              localizing_layer)
-from beside.released import QUIRKS, hold_unused_norm, load_released, released_weights  # noqa: F401
+from beside.ablations import decoder_of, encoder_layer, keep_levels, levels_of
+from beside.released import QUIRKS, load_released, released_weights  # noqa: F401
 from encoder import (DeformableEncoder, frequencies, paper_table, select, steps_of, to_common_grid)
 
 # The words that Config's switches take; those of Tables 1, 2 and 4 are among them.
@@ -38,7 +38,8 @@ CHOICES = {"backbone": ("vit", "csn152", "conv"), "positions": ("paper", "small"
 AT_LEAST_ONE = ("frames", "sampling_rate", "resize_size", "crop_size", "test_size", "num_classes",
                 "num_queries", "encoder_layers", "decoder_layers", "num_heads", "num_points",
                 "batch_size", "micro_batch", "epochs", "eval_every")
-REMOVED_FIELDS = {"schedule": "step", "lr_batch": 0}  # of older checkpoints, as this version is
+# Fields of older checkpoints, and the only values that this version can still do.
+REMOVED_FIELDS = {"schedule": "step", "lr_batch": 0}
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Config:
     checkpoint_classifier: bool = False  # the same for each classifying layer
     # evaluation
     gate: float = 0.0                   # actors below this confidence are not classified
-    link_score: float = 0.0             # boxes that score less are not linked into tubes
+    link_score: float = 0.0             # boxes that score less are not linked (0: all are)
     # the objective
     cost_confidence: float = 4.0        # matching cost
     cost_box: float = 5.0
@@ -95,7 +96,7 @@ class Config:
     loss_confidence: float = 3.0
     no_actor_weight: float = 0.5        # of unmatched queries in the confidence loss
     label_smoothing: float = 0.0
-    score_with_confidence: bool = True  # class score: times the confidence, or not (ava)
+    score_with_confidence: bool = True  # class score: times the confidence; not for ava
     deep_supervision: bool = False      # the loss on every decoder layer, not the last only
     # augmentation
     flip: float = 0.5                   # probability of a horizontal flip
@@ -228,10 +229,8 @@ class VideoActionDetector(nn.Module):
         self.config = config
         dim, quirks = config.dim, config.quirks
         check_sizes(config)
-        self.levels = list(range(config.num_levels))
-        if config.encoder == "transformer":
-            self.levels = [config.grid_level]
-        num_levels, num_frames = len(self.levels), 1 if config.key_frame else config.frames
+        self.levels = levels_of(config)
+        num_levels = len(self.levels)
 
         # Sec. 4.1: the backbone and its multi-scale maps
         if config.backbone == "vit":
@@ -262,22 +261,7 @@ class VideoActionDetector(nn.Module):
             anchor_frequencies = frequencies(dim // 2)
 
         # Sec. 4.2: the decoder
-        if config.decoder == "detr":
-            self.decoder = DETRDecoder(
-                config.decoder_layers, dim, config.num_heads, config.dim_feedforward,
-                config.dropout, config.num_queries, num_frames, config.num_classes)
-        else:
-            localizing, classifying = [], []
-            for number in range(config.decoder_layers):
-                localizing.append(localizing_layer(config, num_levels, first=number == 0))
-                classifying.append(classifying_layer(config))
-            self.decoder = DECODERS[config.decoder](
-                localizing, classifying, dim, config.num_queries, num_frames, config.num_classes,
-                anchor_frequencies, config.logit_dropout, config.checkpoint_classifier,
-                three_way_confidence="three_way_confidence" in quirks,
-                anchor_before_norm="anchor_before_norm" in quirks)
-            if "unused_tensors" in quirks and config.decoder == "ldl+cdl":
-                hold_unused_norm(self.decoder)
+        self.decoder = decoder_of(config, num_levels, anchor_frequencies)
         self.initialise()
         if config.initialisation == "small":
             small.initialise_small(self)
@@ -311,7 +295,8 @@ class VideoActionDetector(nn.Module):
         Returns pred_boxes (B, T, A, 4) cx, cy, w, h in [0, 1] of the clip's own unpadded frame,
         pred_logits (B, T, A, C), pred_conf (B, T, A) logit, aux_outputs (the same of each earlier
         layer), all float32; and if asked attention (B, T, A, C, H', W'), the mean over heads, or
-        with return_attention="heads" (B, T, A, C, M, H', W'). """
+        with return_attention="heads" (B, T, A, C, M, H', W').
+        """
         config = self.config
         batch, _, num_frames, height, width = clips.shape
         if num_frames != config.frames:
@@ -338,14 +323,15 @@ class VideoActionDetector(nn.Module):
         memory = to_common_grid(encoded, lengths, padding.shape[2:], num_frames, grid_edge, frames,
                                 steps)  # (B, T, L, H, W, D)
 
-        key_pos = self.key_table(padding)  # (B or 1, T', H, W, D)
+        # Frame t has the positions of step t mod T': the T' steps are repeated as a block.
+        key_pos = in_frames(self.key_table(padding), num_frames, frames)  # (B or 1, T, H, W, D)
+        padding = in_frames(padding, num_frames, frames)  # (B or 1, T, H, W)
+        key_pos = key_pos.expand(batch, -1, -1, -1, -1)
+        padding = padding.expand(batch, -1, -1, -1)
+
         anchors = self.decoder.first_anchors()  # (T, A, 4)
         if frames is not None and not config.key_frame:
             anchors = select(anchors, frames, dim=0)
-        # Frame t has the positions of step t mod T': the T' steps are repeated as a block, as
-        # released.
-        key_pos = in_frames(key_pos, num_frames, frames).expand(batch, -1, -1, -1, -1)
-        padding = in_frames(padding, num_frames, frames).expand(batch, -1, -1, -1)
         anchors = anchors.expand(batch, -1, -1, -1).flatten(0, 1)  # (F, A, 4)
         actors = self.actor_embed.expand(len(anchors), -1, -1)  # (F, A, D)
         gate = 0.0 if self.training else config.gate

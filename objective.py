@@ -2,22 +2,24 @@
 
 Predictions (B, T, A, ...) meet actors frame by frame: a frame's actors are assigned to its queries
 at the least cost of confidence, L1 and GIoU, so that one query answers for one actor in one frame.
-Of the sum of Eq. 3,
+Eq. 3's omega is one for a whole tube; here each frame has its own: queries of two frames are not
+tied, tubes come from linking (metrics.py). Of the sum of Eq. 3,
 
     L_class  binary focal loss of all queries against their actor's labels, or zeros
     L_box    |B - B^| over (cx, cy, w, h), matched queries only
     L_giou   1 - GIoU, matched queries only (Eq. 4's -GIoU and a constant, so that 0 is perfect)
     L_conf   binary cross entropy of the confidence against "matched"
 
-each part has a divisor of its own where Eq. 5 divides all by |T||N_a|: the class loss the number of
-frames, box and giou the number of matched pairs, the confidence the sum of its weights. All three
-are known from the targets alone (`loss_counts`), so that they can be those of the whole batch, over
-micro-batches and processes.
+each part has a divisor of its own where Eq. 5 divides all by |T||N_a|: the class loss, a mean over
+classes, the number of frames, box and giou the number of matched pairs, the confidence the sum of
+its weights. All three are known from the targets alone (`loss_counts`), so that they can be those
+of the whole batch, over micro-batches and processes. A clip without actors has no pairs: its
+queries learn zeros, and box and giou are 0.
 
 Five choices are the released recipe's and not the paper's, each with a comment where it acts: class
-losses of matched queries count tenfold, confidence losses of the others less than once; the class
-loss is that of the score, class times confidence (UCF, JHMDB); labels are smoothed (AVA); and the
-last decoder layer alone has a loss.
+losses of matched queries count tenfold; confidence losses of the others are weighed by 0.5 (AVA
+0.1); the class loss is that of the score, class times confidence (all presets but AVA's); labels
+are smoothed (AVA); and the last decoder layer alone has a loss (in the synthetic preset all have).
 
 A target is a dict of one clip: boxes (N, T, 4) cx, cy, w, h in [0, 1], present (N, T) bool, labels
 (N, T, C) 0 or 1, frames (T,) bool, False on temporal padding, which is ignored by every part.
@@ -150,7 +152,7 @@ def detection_loss(outputs, targets, config, counts=None):
     # Not in the paper: outweighs the queries without an actor, whose labels are zeros.
     class_loss = class_loss * (MATCHED_CLASS_WEIGHT * matched + (1 - matched))
     conf_loss = F.binary_cross_entropy_with_logits(confidence, matched, reduction="none")
-    # Not in the paper: queries without an actor, most of them, weigh less.
+    # Not in the paper: queries without an actor, most of them, weigh less: 0.5, AVA 0.1.
     conf_loss = conf_loss * (matched + config.no_actor_weight * (1 - matched))
     matched_boxes = boxes[pair]                                         # (S, P, 4)
     box_loss = (matched_boxes - true_boxes[row]).abs()                  # (S, P, 4)

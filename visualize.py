@@ -1,247 +1,635 @@
-"""Pictures of what the model sees: tubes, class scores and class attention maps on the frames (Sec. 5.4, Fig. 2 and 7).
+"""Class attention maps and tubes, drawn on clips and videos (Sec. 5.4, Fig. 2 and 7).
 
-    python visualize.py --ckpt runs/NAME/best.pt --clip 3 --out out/                    # a clip of the data set
-    python visualize.py --ckpt C --data DIR --video-name Biking/v_Biking_g01_c01 --classes Biking --out out/
-    python visualize.py --ckpt C --video in.mp4 --out out/                              # a video of one's own
-    torchrun --nproc_per_node 8 visualize.py --ckpt C --video folder/ --out out/        # many, one folder each
+    python visualize.py --clip 3 --out out/                                   # a validation clip
+    python visualize.py --ckpt runs/NAME/best.pt --video-name V --out out/    # a video of the data
+    python visualize.py --ckpt C --video in.mp4 --classes run,sit --out out/  # a video of your own
+    torchrun --nproc_per_node 8 visualize.py --ckpt C --video folder/ --out out/   # many of them
+    python visualize.py --figure attention.png      # one actor, a map for each of its labels
 
-Each writes NAME.mp4 (every frame, at its time, without sound), NAME.png (six frames, one above the other), tubes.json and
-tubes.csv. A picture has a panel with the tubes, one colour an actor, and beside it panels with the class attention maps in
-the colours of the actors they belong to: one panel a class of --classes, or a single one with each actor's best class.
---look-from adds NAME-points.png, the encoder's sampling points. All clips are gone through twice and one is in memory at a
-time: the first pass finds the tubes, the second draws them.
+Each but the last writes NAME.mp4 (every frame, at its time, without sound), NAME.png (six frames),
+tubes.json and tubes.csv; several videos have a folder each. A picture has a panel with the tubes,
+one colour an actor, and panels with the class attention maps in the colours of the actors they
+belong to: one panel a class of --classes, or a single one with each actor's best class. White
+boxes are the annotation's, where there is one. --look-from adds NAME-points.png, the sampling
+points of the encoder. Clips are read twice, one at a time: first for the tubes, then to draw.
 
-tubes.json: {"video", "rate" (frames per second), "size" (height, width), "classes", "actors": [{"colour", "tubes":
-[{"label", "score", "frames" (k 1-based numbers), "seconds" (k), "boxes" (k of x1, y1, x2, y2 in pixels of the video)}]}]}; an
-actor has a tube for each class. tubes.csv: AVA's columns, a line a box and class: video, second, x1, y1, x2, y2 in [0, 1],
-class number from 1, the tube's score.
+tubes.json: {"video", "rate" (frames a second), "size" (height, width), "classes", "options",
+"actors": [{"actor" (from 1), "colour", "tubes": [{"label", "score", "frames" (k 1-based numbers),
+"seconds" (k), "boxes" (k of x1, y1, x2, y2 in pixels of the video)}]}]}; an actor has one tube a
+class. tubes.csv has AVA's columns and the actor, a line a box and class: video, second, x1, y1, x2,
+y2 in [0, 1], class number from 1, the tube's score, actor.
 """
-# B clips, T frames, A actor queries, C classes, N actors, n detections; H, W of a frame, H', W' of an attention map
+# B clips, T frames, A actor queries, C classes, N actors, G annotated boxes
+# H, W of a frame or panel, H', W' of an attention map; a colour is (red, green, blue), up to 255
 
 import argparse
-import contextlib
 import csv
 import json
 import os
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
-from data import MEAN, STD, UCF_CLASSES, draw_view, render
-from evaluate import ROWS, add_source_arguments, bar, clip_videos, load_model, open_dataset, rows, shortest_tube, start
+from beside.released import content_heads
+from beside.sources import (AVA_CLASSES_80, JHMDB_CLASSES, UCF_CLASSES, VIDEO_SUFFIXES, video_files,
+                            video_frames, video_rate)
+from data import draw_transform, render
+from evaluate import (ROWS, add_source_arguments, at_least, bar, clip_videos, default_precision,
+                      find_checkpoint, load_model, open_dataset, rows, set_precision, shortest_tube,
+                      start)
 from metrics import box_iou, link_tubes
+from model import scores
 from objective import cxcywh_to_xyxy
 
-COLOURS = [(255, 99, 71), (64, 156, 255), (80, 220, 100), (255, 196, 0), (214, 112, 255), (0, 214, 214),
-           (255, 128, 200), (170, 220, 60), (255, 150, 60), (140, 140, 255)]     # told apart on dark and light ground
-TRUTH = (255, 255, 255)
-TEXT_SIZE, BAND = 14, 22                # pixels: letters, the caption above a panel
-SHORTEST_SIDE = 240                     # frames smaller than this are enlarged by a whole factor, so that text fits
-SHEET_FRAMES = 6
-TICK = Fraction(1, 60000)               # of a second: the grain of a written video's times
-VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")     # what is taken from a folder
+COLOURS = [(255, 99, 71), (64, 156, 255), (80, 220, 100), (255, 196, 0), (214, 112, 255),
+           (0, 214, 214), (255, 128, 200), (170, 220, 60), (255, 150, 60), (140, 140, 255)]
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+SHORTEST_SIDE = 360         # frames smaller than this are enlarged by a whole factor: text fits
+SHEET_FRAMES = 6            # frames of a video that NAME.png shows
+GAP = 8                     # pixels between them
+FIGURE_WIDTH = 1152         # pixels of an attention sheet
+FIGURE_LETTERS = 16         # pixels of its letters
+FIGURE_CLIPS = 40           # clips that are looked at for one
+TICK = Fraction(1, 60000)   # of a second: the grain of a written video's times
+REMEMBERED = ("set", "precision", "classes", "heads", "maps", "look_from", "min_score", "top",
+              "width")      # options that tubes.json names
 
 
-def frames_of(clip):
-    """A clip (3, T, H, W), uint8 or normalised, as pictures (T, H, W, 3) uint8."""
-    if clip.dtype == torch.uint8:
-        return clip.permute(1, 2, 3, 0).numpy()
-    pixels = clip.permute(1, 2, 3, 0).numpy() * STD + MEAN                  # (T, H, W, 3)
-    return pixels.round().clip(0, 255).astype(np.uint8)
+# ---- what the model sees ----
+
+@dataclass
+class Detector:
+    """A model and how it is run."""
+    model: torch.nn.Module
+    config: object
+    device: torch.device
+    precision: torch.dtype | None = None        # of autocast, None without
 
 
-def enlarge(picture):
-    """A picture (H, W, 3) repeated by the whole factor that takes its short side to SHORTEST_SIDE at least."""
-    factor = -(-SHORTEST_SIDE // min(picture.shape[:2]))
-    return picture.repeat(factor, 0).repeat(factor, 1)
+def detect_clip(detector, clip, target, heads=None):
+    """The model on one clip (3, T, H, W) -> (detections, attention).
 
-
-def upsample(maps, size):
-    """Attention maps (N, H', W') at a frame's size (H, W), each 1 at its largest value.
-
-    A map covers the whole frame, cell (i, j) being centred at ((i + 0.5) / H', (j + 0.5) / W') of it.
+    detections: `evaluate.rows` of the clip's frames as (frames, A, ...) arrays; attention: the last
+    decoder layer's maps (T, A, C, H', W'), the mean over "all" heads or over the "content" heads,
+    those that see no position with the quirk split_heads; None without `heads`.
     """
-    maps = torch.as_tensor(maps, dtype=torch.float32)
-    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
-    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0].numpy()       # (N, H, W)
-
-
-def overlay(picture, maps, colours):
-    """Maps (N, H, W) in [0, 1] as light of N colours on the picture (H, W, 3) in dark grey."""
-    grey = picture @ np.full(3, 0.15, np.float32)                           # (H, W)
-    canvas = np.repeat(grey[..., None], 3, -1)                              # (H, W, 3)
-    for map, colour in zip(maps, colours):
-        canvas += 0.8 * map[..., None] * (np.array(colour, np.float32) - canvas)
-    return canvas.round().astype(np.uint8)
-
-
-def draw_boxes(picture, boxes, texts, colours):
-    """Boxes (N, 4) x1, y1, x2, y2 in the picture's pixels with their lines of text, kept inside and off each other."""
-    image = Image.fromarray(picture)
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=TEXT_SIZE)
-    for box, colour in zip(boxes, colours):
-        x1, y1, x2, y2 = np.clip(box, 0, [image.width - 1, image.height - 1] * 2).tolist()
-        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=2)
-    taken = []
-    for box, lines, colour in zip(boxes, texts, colours):
-        if not lines:
-            continue
-        width = max(draw.textlength(line, font) for line in lines) + 6
-        height = len(lines) * (TEXT_SIZE + 3) + 2
-        x = min(max(box[0], 0), max(image.width - width, 0))
-        above, below, inside = box[1] - height, box[3] + 1, max(box[1] + 2, 0)
-        y = above if above >= 0 else below if below + height <= image.height else inside
-        y = min(y, max(image.height - height, 0))
-        for left, top, right, bottom in sorted(taken, key=lambda place: place[1]):      # below the labels in the way
-            if x < right and left < x + width and y < bottom and top < y + height:
-                y = bottom
-        taken.append((x, y, x + width, y + height))
-        draw.rectangle((x, y, x + width, y + height), fill=colour)
-        for i, line in enumerate(lines):
-            draw.text((x + 3, y + i * (TEXT_SIZE + 3)), line, fill=(0, 0, 0), font=font)
-    return np.asarray(image)
-
-
-def captioned(picture, text):
-    """The picture under a white band with the text, its end cut off where it does not fit."""
-    image = Image.new("RGB", (picture.shape[1], picture.shape[0] + BAND), (255, 255, 255))
-    image.paste(Image.fromarray(picture), (0, BAND))
-    ImageDraw.Draw(image).text((4, 2), text, fill=(0, 0, 0), font=ImageFont.load_default(size=TEXT_SIZE))
-    return np.asarray(image)
-
-
-def save_sheet(path, lines):
-    """Lines of pictures, all of one size, as one PNG; shorter lines are filled with white."""
-    blank = np.full_like(lines[0][0], 255)
-    columns = max(len(line) for line in lines)
-    sheet = np.concatenate([np.concatenate([*line, *[blank] * (columns - len(line))], 1) for line in lines])
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
-
-
-def save_video(path, pictures, rate, seconds=None):
-    """Pictures (H, W, 3) uint8, one after another, as an MP4 that any player takes (H.264 where PyAV has it): `rate` a
-    second, or at the times `seconds`."""
-    import av
-    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001),
-                                      options={"preset": "veryfast"} if codec == "libx264" else {})
-        stream.pix_fmt = "yuv420p"                                          # it halves both sides: they must be even
-        stream.codec_context.time_base = TICK
-        last = -1
-        for number, picture in enumerate(pictures):
-            picture = np.pad(picture, [(0, picture.shape[0] % 2), (0, picture.shape[1] % 2), (0, 0)], "edge")
-            if not stream.codec_context.is_open:
-                stream.height, stream.width = picture.shape[:2]
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            time = seconds[number] - seconds[0] if seconds else number / rate
-            frame.pts = last = max(last + 1, round(time / TICK))            # two frames at one time would be refused
-            frame.time_base = TICK
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-def run(model, clip, target, config, device, **options):
-    """The model on one clip (3, T, H, W): its outputs, and `evaluate.rows` of its frames as (frames, A, ...) arrays."""
-    with torch.inference_mode():
-        out = model(clip[None].to(device), **options)
-    part = rows(out, [target], config, {target["video"]: 0})
+    device, dtype = detector.device, detector.precision
+    wanted = "heads" if heads == "content" else heads is not None
+    with torch.inference_mode(), torch.autocast(device.type, dtype, dtype is not None):
+        out = detector.model(clip[None].to(device), return_attention=wanted)
+    detections = {}
     queries = out["pred_boxes"].shape[2]
-    return out, {name: values.reshape(-1, queries, *values.shape[1:]) for name, values in part.items()}
+    for name, values in rows(out, [target], detector.config).items():
+        detections[name] = values.reshape(-1, queries, *values.shape[1:])    # (frames, A, ...)
+    if heads is None:
+        return detections, None
+    attention = out["attention"][0]
+    if heads == "content":
+        attention = content_heads(attention)    # (T, A, C, M, H', W') -> (T, A, C, H', W')
+    return detections, attention.float().cpu().numpy()
 
 
-def find_actors(model, clips, config, device, min_score):
-    """Tubes of the clips (an iterable of (clip, target, pictures)), grouped by actor, best first; and of the frames in their
-    order {"number", "seconds"}, and their "size".
+def frame_slots(target):
+    """The slots of a clip that hold frames of their own, no padding, as a list of ints."""
+    return torch.as_tensor(target["frames"]).nonzero()[:, 0].tolist()
 
-    A tube is of one class, so an actor with several classes has several tubes in one place: they are one actor when
-    they overlap by an IoU of 0.5 over the frames that they share.
+
+# ---- tubes ----
+
+def find_actors(detector, clips, min_score):
+    """The tubes of some clips, (clip, target, pictures) each, by actor -> (actors, frames).
+
+    actors: see `group_tubes`. frames: {"number", "seconds": lists over all frames, "size": [height,
+    width], "best": the best score of a box, "shortest": frames below which a tube is dropped, at
+    most half of the video}. ValueError where there is no frame.
     """
-    parts, frames = [], {"number": [], "seconds": []}
+    frames = {"number": [], "seconds": [], "size": None, "best": 0.0}
+    parts = []
     for clip, target, _ in bar(clips, "finding tubes", unit="clip"):
-        _, part = run(model, clip, target, config, device)
-        taken = torch.as_tensor(target["frames"])
-        frames["number"] += target["frame_ids"][taken].tolist()
-        frames["seconds"] += [second for second, shown in zip(target["times"], taken) if shown]
+        part, _ = detect_clip(detector, clip, target)
+        for t in frame_slots(target):
+            frames["number"].append(int(target["frame_ids"][t]))
+            frames["seconds"].append(target["times"][t])
         frames["size"] = [int(side) for side in target["size"]]
-        seen = (part["class_prob"].max(-1) * part["conf"]) >= min_score     # (frames, A)
-        parts.append({name: values[seen] for name, values in part.items()})
-    if not parts:
-        raise SystemExit("no frames to draw on: the video is empty")
+        score = part["class_prob"].max(-1) * part["conf"]                    # (frames, A)
+        frames["best"] = max(frames["best"], float(score.max()))
+        parts.append({name: values[score >= min_score] for name, values in part.items()})
+    if not frames["number"]:
+        raise ValueError("no frames to draw on: the video is empty")
+    frames["shortest"] = 1                      # key frames are a second apart
+    if not detector.config.key_frame:
+        frames["shortest"] = min(shortest_tube(detector.config), max(1, len(frames["number"]) // 2))
     found = {name: np.concatenate([part[name] for part in parts]) for name in ROWS}
+    tubes = link_tubes(found, min_score=min_score, min_length=frames["shortest"])
+    return group_tubes(tubes), frames
+
+
+def group_tubes(tubes):
+    """Tubes by actor, best first -> [{"colour", "first", "last": frames, "tubes": best first}].
+
+    A tube is of one class, so that an actor with several classes has several tubes in one place:
+    those that overlap by a mean IoU of 0.5 over the frames they share are one actor. An actor has
+    one tube a class, as what linking left over of a class joins the actor's better tube.
+    """
+    groups = []
+    for tube in sorted(tubes, key=lambda tube: -tube["score"]):
+        for group in groups:
+            if any(same_place(tube, other) for other in group):
+                group.append(tube)
+                break
+        else:
+            groups.append([tube])
     actors = []
-    shortest = 1 if config.key_frame else shortest_tube(config)             # key frames are a second apart
-    for tube in sorted(link_tubes(found, min_score=min_score, min_length=shortest), key=lambda tube: -tube["score"]):
-        home = next((actor for actor in actors if any(same_place(tube, other) for other in actor)), None)
-        actors.append([tube]) if home is None else home.append(tube)
-    return actors, frames
-
-
-def choose_colours(actors):
-    """A colour for each actor that no actor of the same frames has before it, as far as there are colours."""
-    spans = [(min(tube["frames"][0] for tube in tubes), max(tube["frames"][-1] for tube in tubes)) for tubes in actors]
-    chosen = []
-    for actor, (first, last) in enumerate(spans):
-        met = {chosen[other] for other in range(actor) if spans[other][0] <= last and first <= spans[other][1]}
-        chosen.append(next((colour for colour in range(len(COLOURS)) if colour not in met), actor % len(COLOURS)))
-    return [COLOURS[colour] for colour in chosen]
+    for group in groups:
+        by_label = {}
+        for tube in group:
+            by_label.setdefault(tube["label"], []).append(tube)
+        merged = [merge(of_label) for of_label in by_label.values()]
+        merged.sort(key=lambda tube: -tube["score"])
+        actors.append({"first": min(int(tube["frames"][0]) for tube in merged),
+                       "last": max(int(tube["frames"][-1]) for tube in merged), "tubes": merged})
+    actors.sort(key=lambda actor: -actor["tubes"][0]["score"])
+    choose_colours(actors)
+    return actors
 
 
 def same_place(tube, other):
-    """Whether two tubes have a mean IoU of at least 0.5 over the frames that they share (and share some)."""
+    """Whether two tubes have a mean IoU of at least 0.5 over the frames they share, if any."""
+    if tube["frames"][-1] < other["frames"][0] or other["frames"][-1] < tube["frames"][0]:
+        return False
     _, i, j = np.intersect1d(tube["frames"], other["frames"], return_indices=True)
     return len(i) > 0 and box_iou(tube["boxes"][i], other["boxes"][j]).mean() >= 0.5
 
 
-def on_frame(actors, frame, names, top):
-    """The actors present at a frame: indices, boxes (N, 4), lines of text (`top` best classes), best class ids."""
-    indices, boxes, texts, best = [], [], [], []
-    for index, tubes in enumerate(actors):
-        here = [(tube, np.searchsorted(tube["frames"], frame)) for tube in tubes]
-        here = [(tube, i) for tube, i in here if i < len(tube["frames"]) and tube["frames"][i] == frame]
-        if here:                                                            # tubes come best first
-            indices.append(index)
-            boxes.append(here[0][0]["boxes"][here[0][1]])
-            texts.append([f"{names[tube['label']]} {tube['score']:.2f}" for tube, _ in here[:top]])
-            best.append(here[0][0]["label"])
-    return indices, np.array(boxes, dtype=float).reshape(-1, 4), texts, np.array(best, dtype=int)
+def merge(tubes):
+    """Tubes of one class and actor, best first, as one: where several have a frame, it takes the
+    best one's box. Its score is the mean over its frames."""
+    frames = np.concatenate([tube["frames"] for tube in tubes])              # (k,)
+    boxes = np.concatenate([tube["boxes"] for tube in tubes])                # (k, 4)
+    score = np.repeat([tube["score"] for tube in tubes], [len(tube["frames"]) for tube in tubes])
+    frames, first = np.unique(frames, return_index=True)
+    return {"label": tubes[0]["label"], "score": float(score[first].mean()), "frames": frames,
+            "boxes": boxes[first]}
 
 
-def draw(model, clips, actors, names, config, device, classes=(), top=3, heads="all"):
-    """Yields a picture for each frame of the clips: the tubes, and the attention of `classes` (ids) beside them, the mean
-    over all heads or over the "content" heads."""
-    palette = choose_colours(actors)
+def choose_colours(actors):
+    """Gives each actor a "colour" that no actor of the same frames has before it, as far as there
+    are colours."""
+    for number, actor in enumerate(actors):
+        free = dict.fromkeys(COLOURS)
+        for other in actors[:number]:
+            if other["first"] <= actor["last"] and actor["first"] <= other["last"]:
+                free.pop(other["colour"], None)
+        actor["colour"] = next(iter(free), COLOURS[number % len(COLOURS)])
+
+
+# ---- what is drawn of a frame ----
+
+@dataclass
+class Frame:
+    """A frame and what is drawn on it; boxes are x1, y1, x2, y2 in shares of it."""
+    title: str
+    picture: np.ndarray     # (H, W, 3) uint8, as it is stored
+    truth: np.ndarray       # (G, 4) boxes of the annotation
+    boxes: np.ndarray       # (N, 4) boxes of the actors
+    colours: list           # N colours of theirs
+    texts: list             # N lists of lines: classes and scores
+    maps: list              # for each panel: (title, maps (N, H', W'), N lists of lines)
+
+
+def frames_to_draw(detector, clips, actors, names, classes, heads, top):
+    """Yields a `Frame` for each frame of the clips: the actors, with the `top` best classes, and
+    the attention of `classes` (ids), or of each actor's best class where they are none. heads:
+    "all" or "content", None for no attention."""
     for clip, target, pictures in clips:
-        out, part = run(model, clip, target, config, device, return_attention="content" if heads == "content" else True)
-        attention = out["attention"][0].float().cpu()                       # (T, A, C, H', W')
-        shown = torch.as_tensor(target["frames"]).nonzero()[:, 0].tolist()
-        for row, t in enumerate(shown):
-            picture = enlarge(pictures[t])
-            height, width = picture.shape[:2]
-            indices, boxes, texts, best = on_frame(actors, int(target["frame_ids"][t]), names, top)
-            # an actor's box at a frame is that of one query: its maps are the actor's
-            queries = np.abs(part["box"][row][None] - boxes[:, None]).sum(-1).argmin(1)                 # (N, A) -> (N,)
-            places = boxes * np.array([width, height] * 2) / np.array([*target["size"]][::-1] * 2, dtype=float)
-            colours = [palette[index] for index in indices]
-            panels = [captioned(draw_boxes(picture, places, texts, colours), f"frame {int(target['frame_ids'][t])}")]
-            for chosen in classes or [None]:
-                ids = best if chosen is None else np.full(len(indices), chosen)
-                maps = upsample(attention[t, queries, ids], (height, width))                            # (N, H, W)
-                labels = [[names[c]] if chosen is None else [] for c in ids]
-                title = "attention: " + ("each actor's best class" if chosen is None else names[chosen])
-                panels.append(captioned(draw_boxes(overlay(picture, maps, colours), places, labels, colours), title))
-            yield np.concatenate(panels, 1)
+        if heads:
+            part, attention = detect_clip(detector, clip, target, heads)
+        height, width = target["size"].tolist()
+        for row, t in enumerate(frame_slots(target)):
+            number = int(target["frame_ids"][t])
+            colours, boxes, texts, best = on_frame(actors, number, names, top)
+            maps = []
+            if heads:
+                # an actor's box at a frame is that of one query: its maps are the actor's
+                distance = np.abs(part["box"][row] - boxes[:, None]).sum(-1)         # (N, A)
+                queries = distance.argmin(1)                                         # (N,)
+                for chosen in classes:
+                    maps.append((f"attention: {names[chosen]}", attention[t, queries, chosen],
+                                 [[]] * len(boxes)))
+                if not classes:
+                    maps.append(("attention: each actor's best class", attention[t, queries, best],
+                                 [[names[label]] for label in best]))
+            truth = true_boxes(target, t)
+            title = f"frame {number}" + ("; annotation in white" if len(truth) else "")
+            yield Frame(title, pictures[t], truth, boxes / (width, height, width, height), colours,
+                        texts, maps)
 
+
+def on_frame(actors, number, names, top):
+    """The actors of a frame: N colours, boxes (N, 4) in the video's pixels, N lists of lines (the
+    `top` best classes), ids of their best classes (N,)."""
+    colours, boxes, texts, best = [], [], [], []
+    for actor in actors:
+        if not actor["first"] <= number <= actor["last"]:
+            continue
+        lines = []
+        for tube in actor["tubes"]:
+            row = np.searchsorted(tube["frames"], number)
+            if row == len(tube["frames"]) or tube["frames"][row] != number:
+                continue
+            if not lines:                       # the best tube comes first
+                colours.append(actor["colour"])
+                boxes.append(tube["boxes"][row])
+                best.append(tube["label"])
+            lines.append(f"{names[tube['label']]} {tube['score']:.2f}")
+        if lines:
+            texts.append(lines[:top])
+    return colours, np.array(boxes, float).reshape(-1, 4), texts, np.array(best, int)
+
+
+def true_boxes(target, t):
+    """The annotated boxes (G, 4), x1, y1, x2, y2 in [0, 1], of a clip's slot t, if there are."""
+    if "boxes" not in target:
+        return np.zeros((0, 4))
+    return cxcywh_to_xyxy(target["boxes"][target["present"][:, t], t]).numpy()
+
+
+# ---- drawing ----
+
+def draw_frame(frame, width):
+    """A `Frame` as one picture (height, at most `width`, 3): the actors, then the maps, in rows."""
+    columns, size = arrange(1 + len(frame.maps), frame.picture.shape[:2], width)
+    pixels = np.array([size[1], size[0], size[1], size[0]])
+    boxes, truth, colours = frame.boxes * pixels, frame.truth * pixels, frame.colours
+    letters, picture = letter_size(size), resize(frame.picture, size)
+    image = picture.copy()
+    draw_boxes(image, truth, [WHITE] * len(truth), letters)
+    draw_boxes(image, boxes, colours, letters)
+    draw_labels(image, boxes, colours, letters, frame.texts, truth)
+    panels = [(frame.title, image)]
+    for title, maps, texts in frame.maps:
+        image = shine(picture, upsample(maps, size), colours)
+        draw_boxes(image, boxes, colours, letters)
+        draw_labels(image, boxes, colours, letters, texts, truth)
+        panels.append((title, image))
+    return in_rows(panels, columns, letters)
+
+
+def arrange(count, size, width):
+    """(columns, panel size) for `count` panels of pictures of `size` (height, width).
+
+    The panels are as large as they fit into `width` and, captions apart, 9/16 of it in height, but
+    no larger than the pictures, or than the whole factor that brings their short side to
+    SHORTEST_SIDE. Another row has to make them larger by a quarter.
+    """
+    height = width * 9 / 16
+    largest = max(1, -(-SHORTEST_SIDE // min(size)))
+    best, columns = 0.0, 1
+    for lines in range(1, count + 1):
+        in_line = -(-count // lines)
+        scale = min(width / (in_line * size[1]), height / (lines * size[0]), largest)
+        if scale > 1.25 * best:
+            best, columns = scale, in_line
+    return columns, (max(1, int(size[0] * best)), max(1, int(size[1] * best)))
+
+
+def letter_size(size):
+    """Pixels of the letters in a panel of `size` (height, width)."""
+    return max(14, round(min(size) / 36))
+
+
+def resize(picture, size):
+    """A picture (H, W, 3) as an image of another size; where that is a whole multiple, pixels are
+    repeated."""
+    whole = size[0] % picture.shape[0] == 0 and size[1] % picture.shape[1] == 0
+    method = Image.Resampling.NEAREST if whole else Image.Resampling.BILINEAR
+    return Image.fromarray(picture).resize((size[1], size[0]), method, reducing_gap=1.0)
+
+
+def upsample(maps, size):
+    """Attention maps (N, H', W') at a panel's size (H, W), each 1 at its largest value.
+
+    A map covers the whole frame, cell (i, j) being centred at ((i + 0.5) / H', (j + 0.5) / W').
+    """
+    maps = torch.as_tensor(maps, dtype=torch.float32)
+    maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    full = F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)  # (N, 1, H, W)
+    return full[:, 0].numpy()
+
+
+def shine(image, maps, colours):
+    """Maps (N, H, W) in [0, 1] as light of N colours on an image, which is shown in grey and at
+    half its brightness -> an image."""
+    grey = np.asarray(image.convert("L"), np.float32) / 2                    # (H, W)
+    grey *= (1 - maps / 2).prod(0)                                           # colours stay strong
+    light = np.tensordot(maps, np.array(colours, np.float32).reshape(-1, 3), (0, 0))    # (H, W, 3)
+    return Image.fromarray((grey[..., None] + light).clip(max=255).astype(np.uint8))
+
+
+def draw_boxes(image, boxes, colours, letters):
+    """Draws boxes (N, 4) x1, y1, x2, y2 in pixels, in N colours, with lines as thick as suits
+    letters of that size."""
+    draw = ImageDraw.Draw(image)
+    boxes = boxes.clip(0, np.array([image.width - 1, image.height - 1] * 2))
+    for (x1, y1, x2, y2), colour in zip(boxes.tolist(), colours):
+        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), None, colour, max(2, letters // 7))
+
+
+def draw_labels(image, boxes, colours, letters, texts, others):
+    """Draws the labels of boxes (N, 4), N lists of lines on N colours, where `place_labels` finds
+    room."""
+    draw, step, extents = ImageDraw.Draw(image), letters + 3, np.zeros((len(boxes), 2))
+    for extent, lines in zip(extents, texts):
+        if lines:
+            widest = max(draw.textlength(words, font(letters)) for words in lines)
+            extent[:] = widest + 6, len(lines) * step + 3
+    corners = place_labels(boxes, extents, image.size, others)
+    for (x, y), (width, height), lines, colour in zip(corners, extents, texts, colours):
+        if lines:
+            draw.rectangle((x, y, x + width, y + height), colour)
+        for number, words in enumerate(lines):
+            draw.text((x + 3, y + number * step), words, BLACK, font(letters))
+
+
+def place_labels(boxes, extents, size, others):
+    """Where the labels of boxes (N, 4) stand in a picture of `size` (width, height): their upper
+    left corners (N, 2). extents (N, 2): their width, 0 for none, and height; others (G, 4): boxes
+    that have no label.
+
+    A label stands beside its box, where there is room: above, right, left or below, rather not on
+    another box; else within its lower edge; else at the free place that is nearest. It covers heads
+    (the upper third of a box) and other labels only as far as nothing else is left.
+    """
+    heads = np.concatenate([boxes, others]).clip(0, np.array([*size, *size]))    # (N + G, 4)
+    heads[:, 3] = heads[:, 1] + (heads[:, 3] - heads[:, 1]) / 3
+    grid = np.stack(np.meshgrid(np.linspace(0, 1, 17), np.linspace(0, 1, 17)), -1)
+    grid = grid.reshape(-1, 2)                                               # (289, 2) of the room
+    corners, labels = np.zeros((len(boxes), 2)), np.zeros((0, 4))
+    for number in np.flatnonzero(extents[:, 0]):
+        x1, y1, x2, y2 = boxes[number]
+        width, height = extent = extents[number]
+        room = np.maximum(np.array(size) - extent - 1, 0)
+        beside = [(x1, y1 - height - 1), (x2 + 1, y1), (x1 - width - 1, y1), (x1, y2 + 1),
+                  (x1 + 2, y2 - height - 2), (x2 - width - 2, y2 - height - 2)]
+        distance = np.abs(grid * room + extent / 2 - ((x1 + x2) / 2, (y1 + y2) / 2)).sum(1)
+        spots = np.concatenate([beside, (grid * room)[distance.argsort(kind="stable")]])
+        spots = spots.clip(0, room)                                          # (6 + 289, 2)
+        spots = np.concatenate([spots, spots + extent], 1)                   # (295, 4)
+        covered = common_area(spots, np.concatenate([heads, labels]))        # (295,)
+        on_others = common_area(spots, np.delete(boxes, number, 0)) > 0
+        far = np.arange(len(spots)) >= len(beside)
+        chosen = np.lexsort((on_others, far, covered))[0]
+        corners[number] = spots[chosen, :2]
+        labels = np.concatenate([labels, spots[[chosen]]])
+    return corners
+
+
+def common_area(boxes, others):
+    """The area that each of the boxes (K, 4) shares with the others (M, 4), summed over them."""
+    low = np.maximum(boxes[:, None, :2], others[:, :2])                      # (K, M, 2)
+    high = np.minimum(boxes[:, None, 2:], others[:, 2:])                     # (K, M, 2)
+    return (high - low).clip(min=0).prod(-1).sum(-1)
+
+
+def in_rows(panels, columns, letters):
+    """Panels (title, image), of one size, in rows of `columns`, each under its title, which is cut
+    off where it does not fit -> a picture (height, width, 3)."""
+    (width, height), band = panels[0][1].size, letters + 8
+    lines = -(-len(panels) // columns)
+    sheet = Image.new("RGB", (columns * width, lines * (height + band)), WHITE)
+    for number, (title, image) in enumerate(panels):
+        caption = Image.new("RGB", (width, band), WHITE)
+        ImageDraw.Draw(caption).text((4, 2), title, BLACK, font(letters))
+        x, y = number % columns * width, number // columns * (height + band)
+        sheet.paste(caption, (x, y))
+        sheet.paste(image, (x, y + band))
+    return np.asarray(sheet)
+
+
+def in_pairs(pictures):
+    """Pictures (H, W, 3), of one size, two in a row, with white between."""
+    padded = [np.pad(picture, [(0, GAP), (0, GAP), (0, 0)], constant_values=255)
+              for picture in pictures]
+    if len(padded) > 1 and len(padded) % 2:
+        padded.append(np.full_like(padded[0], 255))
+    return np.concatenate([np.concatenate(padded[i:i + 2], 1) for i in range(0, len(padded), 2)])
+
+
+# ---- letters ----
+
+@lru_cache
+def font_file():
+    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic and more."""
+    from matplotlib import get_data_path
+    return str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+
+
+@lru_cache
+def font(size):
+    return ImageFont.truetype(font_file(), size)
+
+
+@lru_cache
+def drawable(names):
+    """A tuple of class names as they can be drawn: letters that the font lacks are left out, and
+    "class 3" stands where none is left. Says, once, which names that changes."""
+    from matplotlib.ft2font import FT2Font
+    letters, drawn, changed = FT2Font(font_file()).get_charmap(), [], []
+    for number, name in enumerate(names, 1):
+        known = "".join(letter for letter in name if ord(letter) in letters).strip()
+        drawn.append(known or f"class {number}")
+        if drawn[-1] != name:
+            changed.append(f"{name} as {drawn[-1]}")
+    if changed:
+        print("the font lacks letters of some class names, drawn: " + "; ".join(changed))
+    return drawn
+
+
+# ---- one actor, a map for each of its labels (Fig. 2) ----
+
+def attention_sheet(model, dataset, config, path, device, clips=3):
+    """A PNG with a line for each of some clips: a frame, and for one actor of it the class
+    attention of each of its labels (three at most), from the query that lies best on it. White:
+    what the context label is caused by, where the data set knows it; beside that label, the share
+    of its attention that lies there.
+
+    The rule by which clips are chosen: of 40 clips spread evenly over the data set, those with an
+    actor that has three labels at once, or the most there are; of these, the ones whose share on
+    the cause is nearest to the median, or the first ones where no cause is known. The frame is the
+    middle one of those in which the actor has these labels. Where no clip has a label nothing is
+    drawn, and a line says so. Leaves the model as it was; returns whether there is a picture.
+    """
+    moments = []
+    for index in np.unique(np.linspace(0, len(dataset) - 1, FIGURE_CLIPS).astype(int)).tolist():
+        moment = busiest_moment(dataset[index][1])
+        if moment:
+            moments.append(moment | {"clip": index})
+    if not moments:
+        print(f"{path} is not drawn: {FIGURE_CLIPS} clips of {dataset.name} have no label")
+        return False
+    busiest = max(moment["rank"] for moment in moments)
+    moments = [moment for moment in moments if moment["rank"] == busiest]
+    caused = busiest[1]
+    if not caused:
+        moments = moments[:clips]
+    was_training = model.training
+    model.eval()
+    for moment in moments:
+        moment |= look_at(model, dataset, moment, config, device)
+    model.train(was_training)
+    if caused:
+        middle = np.median([moment["share"] for moment in moments])
+        moments.sort(key=lambda moment: abs(moment["share"] - middle))
+    save_picture(path, np.concatenate([draw_moment(dataset, moment) for moment in moments[:clips]]))
+    return True
+
+
+def busiest_moment(target):
+    """The frame of a clip in which an actor has most labels, three at most, and rather one with a
+    known cause -> {"actor", "t", "labels" (class ids), "rank": (how many labels, whether a cause is
+    known)}, the middle one of several; None without a label."""
+    shown = target["present"] & torch.as_tensor(target["frames"])            # (N, T)
+    labels = target["labels"] * shown[..., None]                             # (N, T, C)
+    moments = []
+    for actor, t in labels.any(-1).nonzero().tolist():
+        ids = labels[actor, t].nonzero()[:3, 0].tolist()
+        caused = "cause" in target and not target["cause"][actor, t].isnan().any()
+        moments.append({"actor": actor, "t": t, "labels": ids, "rank": (len(ids), bool(caused))})
+    if not moments:
+        return None
+    busiest = max(moment["rank"] for moment in moments)
+    moments = [moment for moment in moments if moment["rank"] == busiest]
+    return moments[len(moments) // 2]
+
+
+def look_at(model, dataset, moment, config, device):
+    """The query that lies best on a moment's actor: its "box" x1, y1, x2, y2 in [0, 1], "scores"
+    (C,) and "maps" (C, H', W'); with a cause also its box "cause", the "context" label that it
+    causes and the "share" of that label's attention on it."""
+    clip, target = dataset[moment["clip"]]
+    actor, t = moment["actor"], moment["t"]
+    with torch.inference_mode():
+        out = model(clip[None].to(device), return_attention=True)
+    boxes = cxcywh_to_xyxy(out["pred_boxes"][0, t].float()).cpu().numpy()    # (A, 4)
+    truth = cxcywh_to_xyxy(target["boxes"][actor, t]).numpy()                # (4,)
+    query = int(box_iou(boxes, truth).argmax())
+    maps = out["attention"][0, t, query].float().cpu().numpy()               # (C, H', W')
+    seen = {"box": boxes[query], "scores": scores(out, config)[0, t, query].cpu().numpy(),
+            "maps": maps}
+    if moment["rank"][1]:
+        (context,) = set(moment["labels"]) & set(dataset.class_groups["context"])
+        cause = cxcywh_to_xyxy(target["cause"][actor, t]).numpy()
+        on_cause = (maps[context] * cover(cause, maps.shape[1:])).sum()
+        share = float(on_cause / max(maps[context].sum(), 1e-12))       # 0 behind a closed gate
+        seen |= {"cause": cause, "context": context, "share": share}
+    return seen
+
+
+def cover(box, size):
+    """The share of each cell of a map (H', W') that a box x1, y1, x2, y2 in [0, 1] covers."""
+    x1, y1, x2, y2 = np.asarray(box, float)
+    row, column = np.arange(size[0]), np.arange(size[1])
+    down = np.minimum(y2 * size[0], row + 1) - np.maximum(y1 * size[0], row)             # (H',)
+    across = np.minimum(x2 * size[1], column + 1) - np.maximum(x1 * size[1], column)     # (W',)
+    return down.clip(min=0)[:, None] * across.clip(min=0)
+
+
+def draw_moment(dataset, moment):
+    """A line of FIGURE_WIDTH: a moment's frame, then a panel for each of the actor's labels."""
+    clip, target = dataset[moment["clip"]]
+    picture = stored_pictures(dataset, moment["clip"], clip)[moment["t"]]
+    width = FIGURE_WIDTH // (1 + len(moment["labels"]))
+    size = round(width * picture.shape[0] / picture.shape[1]), width
+    picture, letters = resize(picture, size), FIGURE_LETTERS
+    boxes, colours = [moment["box"]], [COLOURS[0]]
+    if "cause" in moment:
+        boxes, colours = [moment["box"], moment["cause"]], [COLOURS[0], WHITE]
+    boxes = np.stack(boxes) * (size[1], size[0], size[1], size[0])
+    names = drawable(tuple(dataset.class_names))
+    panels = [(f"{target['video']}, frame {int(target['frame_ids'][moment['t']])}", picture)]
+    for label in moment["labels"]:
+        title = f"{names[label]} {moment['scores'][label]:.2f}"
+        if label == moment.get("context"):
+            title += f", {moment['share']:.2f} on its cause"
+        panels.append((title, shine(picture, upsample(moment["maps"][[label]], size), COLOURS[:1])))
+    for _, image in panels:
+        draw_boxes(image, boxes, colours, letters)
+    return in_rows(panels, len(panels), letters)
+
+
+# ---- the encoder's sampling points ----
+
+@torch.inference_mode()
+def sampling_points(model, clip, place, device):
+    """Where the encoder's last layer looks from the cell at `place` (t, y, x), each in [0, 1], of
+    the decoder's grid -> points (n, 3) of t, y, x, 0 and 1 the clip's edges, n = M*L*P; their level
+    (n,); their weight (n,), the mean over heads. ValueError for an ordinary encoder."""
+    layer, inputs = model.encoder.layers[-1], []
+    if not hasattr(layer, "sampling_offsets"):
+        raise ValueError("an ordinary transformer encoder has no sampling points: every cell looks "
+                         "at every cell")
+    hook = layer.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments))
+    model(clip[None].to(device))
+    hook.remove()
+    x, positions, _, references, shapes, scales, _ = inputs[0]
+    level = model.config.grid_level
+    inside = [min(int(share * count), count - 1) for share, count in zip(place, shapes[level])]
+    cell = int(np.ravel_multi_index(inside, shapes[level]))
+    cell += sum(t * h * w for t, h, w in shapes[:level])
+    offsets, logits = layer.sampling_offsets_and_logits((x + positions)[:, [cell]])
+    places = references[:, [cell], None, :, None]                            # (1, 1, 1, L, 1, 3)
+    points = places + offsets * scales[:, None]                              # (1, 1, M, L, P, 3)
+    levels = torch.arange(len(shapes))[:, None].expand(logits.shape[2:])     # (M, L, P)
+    weights = logits.float().flatten(3).softmax(-1) / logits.shape[2]        # (1, 1, M, L*P)
+    return (points.reshape(-1, 3).float().cpu().numpy(), levels.flatten().numpy(),
+            weights.flatten().cpu().numpy())
+
+
+def draw_points(pictures, points, levels, weights, place, width):
+    """Pictures (T, H, W, 3) in rows, each with the sampling points that are nearest in time: a ring
+    of the level's colour, whose area is the weight; a white cross where the cell is; a legend."""
+    columns, size = arrange(len(pictures), pictures[0].shape[:2], width)
+    letters, arm, last = letter_size(size), min(size) / 30, len(pictures) - 1
+    line = max(2, letters // 7)
+    slots = (points[:, 0] * len(pictures)).astype(int).clip(0, last)         # (n,)
+    panels = []
+    for t, picture in enumerate(pictures):
+        image = resize(picture, size)
+        draw, near = ImageDraw.Draw(image), slots == t
+        centres = points[near][:, [2, 1]] * (size[1], size[0])               # x, y
+        radii = 1 + 2.5 * arm * weights[near] ** 0.5
+        for (x, y), level, radius in zip(centres, levels[near], radii):
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), None, COLOURS[level],
+                         line)
+        if t == min(int(place[0] * len(pictures)), last):
+            x, y = place[2] * size[1], place[1] * size[0]
+            draw.line((x - arm, y, x + arm, y), WHITE, line)
+            draw.line((x, y - arm, x, y + arm), WHITE, line)
+        panels.append((f"frame {t + 1}", image))
+    sheet = in_rows(panels, columns, letters)
+    legend = [("+ the cell that looks", WHITE), ("ring: a point, its area the weight", WHITE)]
+    for level in np.unique(levels).tolist():
+        legend.append((f"level {level + 1}", COLOURS[level]))
+    band = Image.new("RGB", (sheet.shape[1], letters + 10), BLACK)
+    draw, x = ImageDraw.Draw(band), 4
+    for words, colour in legend:
+        draw.text((x, 3), words, colour, font(letters))
+        x += draw.textlength(words + "    ", font(letters))
+    return np.concatenate([sheet, np.asarray(band)])
+
+
+# ---- a run's curves ----
 
 def training_curves(lines, history, parts, path):
-    """A run's curves over its epochs as a picture: loss parts, loss, rate and gradient norm of the steps (lines of
-    log.jsonl), mAP of the evaluations (rows of results.csv)."""
+    """A run's curves over its epochs as a picture: loss parts, loss, rate and gradient norm of the
+    steps (lines of log.jsonl), mAP of the evaluations (rows of results.csv)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -251,286 +639,293 @@ def training_curves(lines, history, parts, path):
     FigureCanvasAgg(figure)
 
     def points(name):
-        return np.array([line[name] for line in lines]).reshape(-1, stride).mean(axis=1)
+        return np.array([line[name] for line in lines]).reshape(-1, stride).mean(1)    # (points,)
 
-    for axes, names in zip(figure.subplots(2, 2).flat, (parts, ("loss",), ("lr", "grad_norm"), ())):
+    *of_steps, of_evaluations = figure.subplots(2, 2).flat
+    for axes, names in zip(of_steps, (parts, ("loss",), ("lr", "grad_norm"))):
         for name in names:
             axes.plot(points("epoch"), points(name), label=name)
-        axes.set(xlabel="epoch", yscale="log" if names else "linear")
-    for name in [name for name in history[0] if "f-mAP" in name or name.endswith("@0.5")]:     # in the last of the four
-        axes.plot([row["epoch"] for row in history], [row[name] for row in history], marker=".", label=name)
-    axes.set(ylim=(0, 1))
+        axes.set(xlabel="epoch", yscale="log")
+    epochs = [row["epoch"] for row in history]
+    for name in history[0]:
+        if "f-mAP" in name or name.endswith("@0.5"):
+            of_evaluations.plot(epochs, [row[name] for row in history], marker=".", label=name)
+    of_evaluations.set(xlabel="epoch", ylim=(0, 1))
     for axes in figure.axes:
         axes.legend(fontsize="small", loc="upper right")
     figure.savefig(path, dpi=80)
 
 
-def attention_sheet(model, dataset, config, path, device, clips=4, actors=10):
-    """A PNG with a line for each labelled actor of some clips, at the frame with most labels: the frame, then the class
-    attention map of each of its labels, from the query that lies best on it. White: the true box, and what the
-    label is caused by where the data set knows it. Clips without labels are passed over. Leaves the model as it was."""
-    was_training, lines = model.training, []
-    model.eval()
-    spread = np.linspace(0, len(dataset) - 1, 4 * clips).astype(int).tolist()
-    for index in dict.fromkeys([*spread, *range(len(dataset))]):             # all others if these have no label
-        if clips == 0 or len(lines) >= actors or (lines and index not in spread):
-            break
-        clip, target = dataset[index]
-        labels = target["labels"] * (target["present"] & target["frames"])[..., None]                   # (N, T, C)
-        if not labels.any():
-            continue
-        clips -= 1
-        t = int(labels.sum((0, 2)).argmax())
-        out, part = run(model, clip, target, config, device, return_attention=True)
-        pictures = frames_of(clip)
-        picture = enlarge(pictures[t if len(target["frames"]) == len(pictures) else len(pictures) // 2])
-        lines += actor_lines(out, part, target, labels[:, t], t, picture, dataset.class_names)
-    model.train(was_training)
-    if not lines:
-        raise ValueError(f"no clip of {dataset.name} with a label was met: there is nothing to draw")
-    save_sheet(path, lines[:actors])
+# ---- clips with their pictures ----
 
+def dataset_clips(dataset, indices, rate):
+    """Yields (clip, target, pictures) of clips of a data set; pictures: see `stored_pictures`.
 
-def actor_lines(out, part, target, labels, t, picture, names):
-    """The sheet's lines for the labelled actors (labels (N, C)) of a clip at frame t."""
-    height, width = picture.shape[:2]
-    size = np.array([width, height] * 2)
-    row = int(target["frames"][:t].sum())                                   # `part` leaves temporal padding out
-    found = part["box"][row] * size / np.array([*target["size"]][::-1] * 2, dtype=float)                # (A, 4)
-    truths = cxcywh_to_xyxy(target["boxes"][:, t]).numpy() * size                                       # (N, 4)
-    lines = []
-    for actor in labels.any(1).nonzero()[:, 0].tolist():
-        query, colour = int(box_iou(found, truths[actor]).argmax()), COLOURS[len(lines) % len(COLOURS)]
-        box, prob = found[query], part["class_prob"][row, query] * part["conf"][row, query]
-        ids = labels[actor].nonzero()[:, 0].tolist()
-        best = [f"{names[c]} {prob[c]:.2f}" for c in prob.argsort()[::-1][:3]]
-        line = [captioned(draw_boxes(picture, [truths[actor], box], [[], best], [TRUTH, colour]),
-                          f"{target['video']} frame {int(target['frame_ids'][t])}")]
-        marks = [(box, colour)]
-        if "cause" in target and not target["cause"][actor, t].isnan().any():
-            marks.append((cxcywh_to_xyxy(target["cause"][actor, t]).numpy() * size, TRUTH))
-        for c, map in zip(ids, upsample(out["attention"][0, t, query, ids], (height, width))):
-            light = overlay(picture, [map], [colour])
-            light = draw_boxes(light, *zip(*[(place, [], c) for place, c in marks]))
-            line.append(captioned(light, f"{names[c]}: score {prob[c]:.2f}"))
-        lines.append(line)
-    return lines
-
-
-def dataset_clips(dataset, indices, config, rate):
-    """(clip, target, pictures (T, H, W, 3)) of clips of a data set, one by one; for key frames T = 1. The frames' times,
-    target["times"], follow from their numbers: AVA's are seconds, others are counted from 1, `rate` a second."""
-    for index in indices:
-        clip, target = dataset[int(index)]
-        pictures = frames_of(clip)
-        target["times"] = (target["frame_ids"] if dataset.name == "ava" else (target["frame_ids"] - 1) / rate).tolist()
-        yield clip, target, pictures[config.frames // 2:][:1] if config.key_frame else pictures
-
-
-@contextlib.contextmanager
-def open_video(path):
-    """A video file's container and its stream of pictures; an error that says what is wrong with a file that has none, or
-    that breaks off."""
-    import av
-    if not Path(path).is_file():
-        raise SystemExit(f"video missing: {path}")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise SystemExit(f"{path} holds no video stream, sound alone perhaps; give a file with pictures")
-            yield container, container.streams.video[0]
-    except av.FFmpegError as error:
-        raise SystemExit(f"{path} cannot be read as a video ({error}); is it whole? Or convert it with ffmpeg") from error
-
-
-def video_rate(path):
-    """Frames per second of a video file, the mean of those that come at uneven times."""
-    with open_video(path) as (_, stream):
-        return float(stream.average_rate or stream.guessed_rate or 25)
-
-
-def video_frames(path, rate):
-    """The frames of a video file, decoded in a stream: ((H, W, 3) uint8, seconds from the first one), upright as a player
-    shows them. A change of size on the way is undone; a frame without a time comes 1 / rate behind the one before."""
-    first, size, time = None, None, -1 / rate
-    with open_video(path) as (container, stream):
-        stream.thread_type = "AUTO"
-        for number, frame in enumerate(container.decode(stream)):
-            first = first if number else frame.time
-            size = size or (frame.width, frame.height)
-            time = time + 1 / rate if None in (first, frame.time) else frame.time - first
-            yield np.rot90(frame.reformat(*size, "rgb24").to_ndarray(), frame.rotation // 90), time
-
-
-def video_clips(path, config, rate):
-    """(clip, target, pictures) of a video file as `dataset_clips` gives them, decoded in a stream.
-
-    Clips of T frames begin T // 2 frames apart, and a frame is taken from the clip in whose middle it is (target["frames"]),
-    so that it is seen with what comes before and after; the video's last clip is filled up with its last frame. For key-frame
-    models a clip begins with every second (by the average rate), and its middle frame is a frame of the result.
+    The times of the frames, target["times"], follow from their numbers: AVA's are seconds, others
+    count from 1, `rate` a second.
     """
-    span = (config.frames - 1) * config.sampling_rate + 1                   # frames that a clip reaches over
-    step = max(1, round(rate)) if config.key_frame else max(config.frames // 2, 1)
+    for index in indices:
+        clip, target = dataset[index]
+        times = target["frame_ids"].tolist()
+        if dataset.name != "ava":
+            times = [(number - 1) / rate for number in times]
+        yield clip, target | {"times": times}, stored_pictures(dataset, index, clip)
+
+
+def stored_pictures(dataset, index, clip):
+    """The frames of a clip (3, T, H, W) as they are stored, not at the size that the model sees:
+    pictures (H, W, 3) uint8, T or for key frames one. Drawn clips are stored nowhere else."""
+    if not hasattr(dataset, "source"):
+        return list(clip.permute(1, 2, 3, 0).numpy())                        # (T, H, W, 3)
+    config, video = dataset.config, int(dataset.clip_videos[index])
+    count = int(dataset.table.num_frames[video])
+    slots = dataset.clip_first[index] + np.arange(config.frames) * config.sampling_rate     # (T,)
+    if config.key_frame:
+        slots = slots[[config.frames // 2]]
+    distinct, place = np.unique(slots.clip(0, count - 1), return_inverse=True)
+    images = dataset.source.read(dataset.videos[video], distinct, count)
+    return [np.asarray(images[i]) for i in place]
+
+
+def video_clips(path, config, rate, seen=True):
+    """Yields (clip, target, pictures) of a video file as `dataset_clips` does, decoded in a stream;
+    clips that no model is to have `seen` are None.
+
+    Clips of T frames begin T // 2 frames apart, and a frame is taken from the clip in whose middle
+    it is (target["frames"]), so that it is seen with what comes before and after; the last clip is
+    filled up with the last frame. For key-frame models a clip begins with every second (by the mean
+    rate), and its middle frame is a frame of the result. Raises OSError where the file breaks off,
+    ValueError where the Config's sampling rate would leave out frames.
+    """
     if not config.key_frame and config.sampling_rate > 1:
-        raise SystemExit(f"sampling_rate {config.sampling_rate} leaves frames without boxes: --set sampling_rate=1")
-    buffer, number = [], 0
-    for index, frame in enumerate(video_frames(path, rate)):
-        if len(buffer) == span:                                             # and there is a frame behind it
-            yield video_clip(path, buffer, number, config, step, last=False)
+        raise ValueError(f"sampling_rate {config.sampling_rate} leaves frames without boxes: --set "
+                         "sampling_rate=1")
+    reach = (config.frames - 1) * config.sampling_rate + 1          # frames from first to last
+    step = max(1, round(rate)) if config.key_frame else max(1, config.frames // 2)
+    buffer, number = [], 0      # frames: {"picture", "seconds", "clip": as the model sees it}
+    for index, (picture, seconds) in enumerate(video_frames(path)):
+        if len(buffer) == reach:                                    # and there is a frame behind it
+            yield video_clip(path, buffer, number, config, step, seen, last=False)
             number, buffer = number + 1, buffer[step:]
         if index >= number * step:
-            buffer.append([*frame, None])
+            buffer.append({"picture": picture, "seconds": seconds, "clip": None})
     middle = config.frames // 2 * config.sampling_rate if config.key_frame else 0
-    while buffer and (number == 0 or len(buffer) > middle):                 # what no whole clip is left for
-        yield video_clip(path, buffer, number, config, step, last=True)
+    while buffer and (number == 0 or len(buffer) > middle):         # too few for a whole clip
+        yield video_clip(path, buffer, number, config, step, seen, last=True)
         number, buffer = number + 1, buffer[step:] if config.key_frame else []
 
 
-def video_clip(path, buffer, number, config, step, last):
-    """Clip `number` of a video file from its frames `buffer`, lists of picture, time and what the model sees of it (None: not
-    yet rendered; clips share frames), fewer at the video's end."""
-    frames = torch.arange(config.frames)
-    used = [buffer[min(i, len(buffer) - 1)] for i in (frames * config.sampling_rate).tolist()]
-    view = draw_view(used[0][0].shape[:2], config, train=False)
-    for frame in used:
-        frame[2] = render([Image.fromarray(frame[0])], view) if frame[2] is None else frame[2]          # (3, 1, H, W)
-    pictures, times, rendered = zip(*used)
+def video_clip(path, buffer, number, config, step, seen, last):
+    """Clip `number` of a video file from its frames `buffer`, fewer at the video's end."""
+    slots = torch.arange(config.frames)
+    indices = (slots * config.sampling_rate).clamp(max=len(buffer) - 1)
+    used = [buffer[index] for index in indices.tolist()]
+    target = {"video": Path(path).stem, "video_index": 0,
+              "size": torch.tensor(used[0]["picture"].shape[:2])}
+    clip = None
+    if seen:
+        transform = draw_transform(target["size"].tolist(), config, augment=False)
+        for frame in used:
+            if frame["clip"] is None:                               # clips share frames
+                frame["clip"] = render([Image.fromarray(frame["picture"])], transform)
+        clip = torch.cat([frame["clip"] for frame in used], 1)      # (3, T, H, W)
     edge = (config.frames - step) // 2
-    taken = (frames >= (edge if number else 0)) & (frames < (len(buffer) if last else edge + step))
-    target = {"video": Path(path).stem, "frame_ids": frames + number * step + 1, "frames": taken, "times": times,
-              "size": torch.tensor(pictures[0].shape[:2])}
-    shown, middle = np.stack(pictures), config.frames // 2                  # (T, H, W, 3)
+    begin, end = edge if number else 0, len(buffer) if last else edge + step
+    target |= {"frame_ids": slots + number * step + 1, "frames": (slots >= begin) & (slots < end)}
     if config.key_frame:
-        shown = shown[middle:][:1]
-        target |= {"frame_ids": torch.tensor([number + 1]), "frames": torch.tensor([True]), "times": times[middle:][:1]}
-    return torch.cat(rendered, 1), target, shown
+        used = used[config.frames // 2:][:1]
+        target |= {"frame_ids": torch.tensor([number + 1]), "frames": torch.tensor([True])}
+    target["times"] = [frame["seconds"] for frame in used]
+    return clip, target, [frame["picture"] for frame in used]
 
 
-def write_tubes(out, video, rate, actors, size, seconds, names):
-    """tubes.json and tubes.csv in the folder `out`: see the top of this file. size: height and width of the video's frames,
-    seconds {frame number: its time}. Returns their paths."""
-    parts = (json.dumps({"colour": "#%02x%02x%02x" % colour, "tubes": [
-        {"label": names[tube["label"]], "score": round(float(tube["score"]), 4), "frames": tube["frames"].tolist(),
-         "seconds": [round(seconds[frame], 3) for frame in tube["frames"].tolist()],
-         "boxes": np.round(tube["boxes"], 1).tolist()} for tube in tubes]})
-        for tubes, colour in zip(actors, choose_colours(actors)))
-    with open(out / "tubes.json.tmp", "w") as file:     # an actor at a time: a long video has thousands
-        head = {"video": video, "rate": rate, "size": size, "classes": list(names), "actors": []}
-        file.write(json.dumps(head).removesuffix("]}"))
-        file.writelines(", " * (n > 0) + part for n, part in enumerate(parts))
+# ---- files ----
+
+def save_picture(path, picture):
+    """A picture (H, W, 3) uint8 as a PNG."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
+
+
+def save_video(path, pictures, rate, seconds=None):
+    """Pictures (H, W, 3) uint8, one after another, as an MP4 that any player takes (H.264 where
+    PyAV has it): `rate` a second, or at the times `seconds`."""
+    import av
+    codec, options = "mpeg4", {}
+    if "libx264" in av.codecs_available:
+        codec, options = "libx264", {"preset": "superfast"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, Fraction(rate).limit_denominator(1001), options)
+        stream.pix_fmt = "yuv420p"              # it halves both sides: they must be even
+        stream.codec_context.time_base = TICK
+        last = -1
+        for number, picture in enumerate(pictures):
+            height, width = picture.shape[:2]
+            picture = np.pad(picture, [(0, height % 2), (0, width % 2), (0, 0)], "edge")
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = picture.shape[:2]
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            time = seconds[number] - seconds[0] if seconds else number / rate
+            last = max(last + 1, round(time / TICK))        # two frames at one time are refused
+            frame.pts, frame.time_base = last, TICK
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_tubes(out, head, actors, frames, names):
+    """tubes.json and tubes.csv in the folder `out`, see the top of this file -> their paths.
+
+    head: what tubes.json has before its actors; frames: as of `find_actors`. Written actor by
+    actor: the boxes of a long video are never all there as Python objects.
+    """
+    seconds = dict(zip(frames["number"], frames["seconds"]))
+    unfinished = out / "tubes.json.tmp"
+    with open(unfinished, "w") as file:
+        file.write("{\n")
+        for name, value in head.items():
+            file.write(f"{json.dumps(name)}: {json.dumps(value)},\n")
+        file.write('"actors": [\n')
+        for number, actor in enumerate(actors, 1):
+            comma = "," if number < len(actors) else ""
+            file.write(json.dumps(actor_record(number, actor, seconds, names)) + comma + "\n")
         file.write("]}\n")
-    lines = np.concatenate([np.zeros((0, 7)), *(np.column_stack((           # second, x1, y1, x2, y2, class, score
-        [seconds[frame] for frame in tube["frames"].tolist()], (tube["boxes"] / ([*size][::-1] * 2)).clip(0, 1).round(4),
-        [(tube["label"] + 1, round(float(tube["score"]), 4))] * len(tube["frames"]))) for tube in sum(actors, []))])
+    height, width = frames["size"]
     with open(out / "tubes.csv", "w", newline="") as file:
-        csv.writer(file).writerows([video, f"{second:.3f}", *box, int(label), score] for second, *box, label, score in
-                                   map(np.ndarray.tolist, lines[np.lexsort(lines.T[::-1])]))
-    (out / "tubes.json.tmp").replace(out / "tubes.json")                    # whole or not at all: it says that NAME is done
+        table = csv.writer(file)
+        for number, actor in enumerate(actors, 1):
+            for tube in actor["tubes"]:
+                boxes = tube["boxes"].astype(float) / (width, height, width, height)     # (k, 4)
+                boxes = boxes.clip(0, 1).round(4).tolist()
+                for frame, box in zip(tube["frames"].tolist(), boxes):
+                    table.writerow([head["video"], f"{seconds[frame]:.3f}", *box, tube["label"] + 1,
+                                    round(tube["score"], 4), number])
+    unfinished.replace(out / "tubes.json")      # whole or not at all: it says that a video is done
     return [out / "tubes.json", out / "tubes.csv"]
 
 
-@torch.inference_mode()
-def sampling_points(model, clip, place, device):
-    """Where the encoder's last layer looks from the cell at `place` (t, y, x), each in [0, 1], of the decoder's grid: points
-    (n, 3) of t, y, x, 0 and 1 the clip's edges, n = M*L*P; their level (n,); their weight (n,), the mean over heads."""
-    layer, seen = model.encoder.layers[-1], []
-    if not hasattr(layer, "sampling_offsets"):
-        raise SystemExit("an ordinary transformer encoder has no sampling points: every cell looks at every cell")
-    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args))
-    model(clip[None].to(device))
-    hook.remove()
-    x, positions, _, references, shapes, _ = seen[0]
-    level = model.config.grid_level
-    inside = [min(int(share * n), n - 1) for share, n in zip(place, shapes[level])]
-    cell = sum(t * h * w for t, h, w in shapes[:level]) + int(np.ravel_multi_index(inside, shapes[level]))
-    offsets, logits, scales = layer.look((x + positions)[:, [cell]], shapes)                            # of one query
-    points = references[:, [cell], None, :, None] + offsets * scales[:, None]                           # (1, 1, M, L, P, 3)
-    levels = torch.arange(len(shapes))[:, None].expand(logits.shape[2:])                                # (M, L, P)
-    weights = logits.flatten(3).softmax(-1) / logits.shape[2]
-    return points.reshape(-1, 3).cpu().numpy(), levels.flatten().numpy(), weights.flatten().cpu().numpy()
+def actor_record(number, actor, seconds, names):
+    """An actor as tubes.json has it."""
+    tubes = []
+    for tube in actor["tubes"]:
+        frames = tube["frames"].tolist()
+        tubes.append({"label": names[tube["label"]], "score": round(tube["score"], 4),
+                      "frames": frames, "seconds": [round(seconds[frame], 3) for frame in frames],
+                      "boxes": tube["boxes"].astype(float).round(1).tolist()})
+    return {"actor": number, "colour": "#%02x%02x%02x" % actor["colour"], "tubes": tubes}
 
 
-def draw_points(pictures, points, levels, weights, place):
-    """Pictures (T, H, W, 3) side by side, each with the sampling points nearest to it in time: a disc of the level's colour
-    whose area is the weight; a white cross where the cell is."""
-    panels, last = [], len(pictures) - 1
-    time = np.clip((points[:, 0] * len(pictures)).astype(int), 0, last)
-    for t, picture in enumerate(map(enlarge, pictures)):
-        image, near = Image.fromarray(picture), time == t
-        draw, size = ImageDraw.Draw(image), np.array(image.size)
-        for centre, level, radius in zip(points[near, :0:-1] * size, levels[near], 1 + 20 * weights[near] ** 0.5):
-            draw.ellipse((*(centre - radius), *(centre + radius)), outline=COLOURS[level], width=2)
-        if t == min(int(place[0] * len(pictures)), last):
-            x, y = np.array(place[:0:-1]) * size
-            draw.line((x - 8, y, x + 8, y), fill=TRUTH, width=2)
-            draw.line((x, y - 8, x, y + 8), fill=TRUTH, width=2)
-        panels.append(captioned(np.asarray(image), f"frame {t + 1}"))
-    return panels
+# ---- the command ----
 
+def show(detector, clips, video, rate, out, names, classes, args):
+    """Finds the tubes of a video or clip and writes what the top of this file says to `out`.
 
-def visualize(model, clips, video, rate, config, device, out, args, names, classes=()):
-    """Finds the tubes of a video or clip and writes what the top of this file says to the folder `out`; `clips()` gives the
-    clips anew each time. args: the command line's; classes: ids of those whose attention is drawn."""
-    actors, frames = find_actors(model, clips(), config, device, args.min_score)
-    out, name, count = Path(out), video.replace("/", "_"), len(frames["number"])
+    clips(seen): the clips, anew each time; classes: ids of those whose attention is drawn; args:
+    the command line's. Raises ValueError and OSError where the clips cannot be read.
+    """
+    actors, frames = find_actors(detector, clips(True), args.min_score)
+    name, out = video.replace("/", "_"), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"{name}.mp4", out / f"{name}.png"]
-    on_sheet, sheet = set(np.linspace(0, count - 1, SHEET_FRAMES).astype(int).tolist()), []
+    count, sheet = len(frames["number"]), []
+    on_sheet = np.linspace(0, count - 1, SHEET_FRAMES).astype(int).tolist()
 
     def pictures():
-        drawn = draw(model, clips(), actors, names, config, device, classes, args.top, args.heads)
-        for i, picture in enumerate(bar(drawn, "drawing", total=count, unit="frame")):
-            if i in on_sheet:
-                sheet.append([picture])
-            yield picture
+        to_draw = frames_to_draw(detector, clips(args.maps), actors, drawable(tuple(names)),
+                                 classes, args.heads if args.maps else None, args.top)
+        for number, frame in enumerate(bar(to_draw, "drawing", total=count, unit="frame")):
+            if number in on_sheet:
+                sheet.append(draw_frame(frame, args.width // 2 - GAP))
+            yield draw_frame(frame, args.width)
 
     save_video(paths[0], pictures(), rate, frames["seconds"])
-    save_sheet(paths[1], sheet)
+    save_picture(paths[1], in_pairs(sheet))
     if args.look_from:
-        place, clip = (0.5, *args.look_from[::-1]), next(clips())[0]
+        clip, place = next(clips(True))[0], (0.5, args.look_from[1], args.look_from[0])
+        points = sampling_points(detector.model, clip, place, detector.device)
+        seen = clip.permute(1, 2, 3, 0).numpy()                              # (T, H, W, 3)
         paths.append(out / f"{name}-points.png")
-        save_sheet(paths[-1], [draw_points(frames_of(clip), *sampling_points(model, clip, place, device), place)])
-    paths += write_tubes(out, video, rate, actors, frames["size"], dict(zip(frames["number"], frames["seconds"])), names)
-    found = f"{sum(map(len, actors))} tubes" if actors else f"no tube of boxes of score {args.min_score}: lower --min-score"
-    print(f"{video}: {len(actors)} actors, {found}; wrote " + ", ".join(map(str, paths)))
+        save_picture(paths[-1], draw_points(seen, *points, place, args.width))
+    head = {"video": video, "rate": round(rate, 3), "size": frames["size"], "classes": names,
+            "options": remembered(args)}
+    paths += write_tubes(out, head, actors, frames, names)
+    found = outcome(actors, frames, args.min_score)
+    print(f"{video}: {found}; wrote " + ", ".join(map(str, paths)))
+
+
+def outcome(actors, frames, min_score):
+    """What was found, in words; where nothing was, why."""
+    if actors:
+        tubes = sum(len(actor["tubes"]) for actor in actors)
+        return f"{counted(len(actors), 'actor')}, {counted(tubes, 'tube')}"
+    if frames["best"] < min_score:
+        return f"no tube: the best box scores {frames['best']:.2f}, below --min-score {min_score}"
+    return ("no tube: no boxes of one class follow each other over "
+            + counted(frames["shortest"], "frame"))
+
+
+def counted(number, noun):
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def remembered(args):
+    """What a result depends on besides the video, as tubes.json has it."""
+    path = Path(args.ckpt)
+    options = {"ckpt": str(path), "ckpt_time": round(path.stat().st_mtime)}
+    return options | {name: getattr(args, name) for name in REMEMBERED}
+
+
+def is_done(path, args):
+    """Whether there is a tubes.json that was made with the same options."""
+    return path.is_file() and json.loads(path.read_text()).get("options") == remembered(args)
 
 
 def find_videos(sources, out):
-    """The video files that --video names, files and folders (and what is in them, but for the results in `out`); an error if
-    two have one name."""
+    """The video files that --video names: files, and what is in folders, but for the results in
+    `out`. ValueError where there is none, and where two have one name."""
     videos = []
-    for source in map(Path, sources):
-        inside = [path for path in source.rglob("*") if path.suffix.lower() in VIDEOS] if source.is_dir() else [source]
-        inside = sorted(path for path in inside if path == source or out.resolve() not in path.resolve().parents)
+    for source in map(str, sources):
+        if "://" in source or source.startswith("/dev/") or source.isdigit():
+            raise ValueError(f"--video {source}: files and folders only; record a stream or camera "
+                             "first, for example by ffmpeg -i SOURCE -t 60 in.mp4")
+        if not Path(source).is_dir():
+            videos.append(Path(source))
+            continue
+        inside = []
+        for path in video_files(source):
+            if out.resolve() not in path.resolve().parents:
+                inside.append(path)
         if not inside:
-            raise SystemExit(f"no video ({', '.join(VIDEOS)}) in {source}")
+            raise ValueError(f"no video ({', '.join(VIDEO_SUFFIXES)}) in {source}")
         videos += inside
     names = [path.stem for path in videos]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise SystemExit(f"several videos are called {', '.join(twice[:5])}: their results would share a folder; rename them")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"several videos are called {', '.join(twice[:5])}: their results would "
+                         "share a folder; rename them")
     return videos
 
 
-def show_videos(model, sources, config, device, rank, args, **options):
-    """Tubes and attention of video files, each in a folder of its own where there are several: shared over the ranks, those
-    that are done left out. Returns the messages of the videos that could not be read."""
+def show_videos(detector, rank, names, classes, args):
+    """`show` for the files of --video, each in a folder of its own where there are several. The
+    ranks share them; those that are done are left out. Returns the messages of those that cannot be
+    read; where there is one file alone, that is raised."""
     root, failed = Path(args.out or "out"), []
-    videos = find_videos(sources, root)
-    several = len(videos) > 1 or Path(sources[0]).is_dir()
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    for path in videos[rank::world]:
+    videos = find_videos(args.video, root)
+    several = len(videos) > 1 or Path(args.video[0]).is_dir()
+    for path in videos[rank::int(os.environ.get("WORLD_SIZE", 1))]:
         out = root / path.stem if several or not args.out else root
         if (out / f"{path.stem}.mp4").resolve() == path.resolve():
-            raise SystemExit(f"{path} would be overwritten by its own result: choose another --out")
-        if several and (out / "tubes.json").is_file():
-            print(f"{out / 'tubes.json'} is there: {path} is done")
+            raise ValueError(f"{path} would be overwritten by its own result: choose another --out")
+        if several and is_done(out / "tubes.json", args):
+            print(f"{path} is done, by the same options: {out / 'tubes.json'}")
             continue
         try:
             rate = video_rate(path)
-            clips = partial(video_clips, path, config, rate)
-            visualize(model, clips, path.stem, 1 if config.key_frame else rate, config, device, out, args, **options)
-        except SystemExit as error:
-            if not several or not isinstance(error.code, str):              # a number: ended by a signal
+            clips = partial(video_clips, path, detector.config, rate)
+            drawn_rate = 1 if detector.config.key_frame else rate
+            show(detector, clips, path.stem, drawn_rate, out, names, classes, args)
+        except (OSError, ValueError) as error:
+            if not several:
                 raise
             print(error)
             failed.append(str(error))
@@ -538,64 +933,134 @@ def show_videos(model, sources, config, device, rank, args, **options):
 
 
 def arguments(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     usage="python visualize.py [--ckpt FILE] [options]")
     add_source_arguments(parser)
     group = parser.add_argument_group("what is drawn")
-    source = group.add_mutually_exclusive_group()
-    source.add_argument("--clip", type=int, metavar="N", help="a clip of the data set, counted from 0 (the default: 0)")
-    source.add_argument("--video-name", metavar="NAME", help="a whole video of the data set")
-    source.add_argument("--video", metavar="FILE", nargs="+", help="one's own, files or folders; processes share them")
-    group.add_argument("--classes", nargs="+", default=[], metavar="a,b", help="whose attention is drawn (each actor's best)")
-    group.add_argument("--heads", choices=("all", "content"), default="all", help="content: those that see content alone")
-    group.add_argument("--look-from", nargs=2, type=float, metavar=("X", "Y"), help="draw the encoder's sampling points too, "
-                       "from the cell at this place of the first clip's middle, in shares of width and height")
-    group.add_argument("--min-score", type=float, default=0.3, help="boxes below this score are left out (0.3)")
-    group.add_argument("--top", type=int, default=3, help="classes written at an actor, at most (3)")
-    group.add_argument("--rate", type=float, help="frames a second of a data set's clips (25; short clips 4, AVA 1)")
-    group.add_argument("--out", metavar="DIR", help="folder of the results (out/NAME); of several videos, of their folders")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--clip", type=at_least(0), metavar="N", help="a clip of the data set, from 0 (default: 0)")
+    add("--video-name", metavar="NAME", help="a whole video of the data set")
+    add("--video", metavar="FILE", nargs="+", help="your own: files, folders; processes share them")
+    add("--figure", metavar="FILE", help="no video but this PNG: an actor of a typical clip, and "
+                                         "the attention of each of its labels")
+    add = group.add_argument
+    add("--classes", nargs="+", default=[], metavar="a,b",
+        help="whose attention is drawn (default: each actor's best)")
+    add("--heads", choices=("all", "content"), default="all",
+        help="whose mean the attention is; content: those that see content alone")
+    add("--no-maps", dest="maps", action="store_false", help="tubes without attention, sooner")
+    add("--look-from", nargs=2, type=share, metavar=("X", "Y"),
+        help="draw the encoder's sampling points too, from the cell at this place of the first "
+             "clip's middle frame, in shares of width and height")
+    add("--min-score", type=share, default=0.3, metavar="SCORE",
+        help="boxes below this are left out (0.3)")
+    add("--top", type=at_least(1), default=3, metavar="N", help="classes written at an actor (3)")
+    add("--width", type=at_least(320), default=1920, metavar="PIXELS",
+        help="of a picture, at most (1920)")
+    add("--rate", type=float, help="frames a second of the data set (25; short clips 4, AVA 1)")
+    add("--out", metavar="DIR", help="folder of the results (default: out/NAME)")
     args = parser.parse_args(argv)
-    if not args.ckpt:
-        parser.error("name a checkpoint: --ckpt runs/NAME/best.pt")
-    if args.look_from and not all(0 <= share <= 1 for share in args.look_from):
-        parser.error(f"--look-from {args.look_from}: not in [0, 1]")
+    if args.rate is not None and not 0.001 <= args.rate <= 1000:
+        parser.error(f"--rate {args.rate} is not between 0.001 and 1000")
     return args
+
+
+def share(text):
+    """A type of argparse's: a number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
+    return value
+
+
+def class_names(checkpoint, config):
+    """Names of the checkpoint's classes: the authors' checkpoints hold none, but their numbers of
+    classes are those of known data sets."""
+    known = {len(names): names for names in (UCF_CLASSES, JHMDB_CLASSES, AVA_CLASSES_80)}
+    numbered = [f"class {number}" for number in range(1, config.num_classes + 1)]
+    return list(checkpoint["classes"] or known.get(config.num_classes, numbered))
+
+
+def chosen_classes(texts, names):
+    """Ids of the classes of --classes: each text a name, or several with commas between."""
+    chosen = []
+    for text in texts:
+        for name in [text] if text in names else text.split(","):
+            if name not in names:
+                raise ValueError(f"unknown class {name}; the checkpoint knows: {', '.join(names)}")
+            chosen.append(names.index(name))
+    return chosen
+
+
+def show_clips(detector, dataset, classes, args):
+    """`show` for a clip or a whole video of a data set."""
+    config = detector.config
+    if args.video_name:
+        if args.video_name not in dataset.videos:
+            raise ValueError(f"no video {args.video_name!r} among the {len(dataset.videos)} of "
+                             f"{dataset.name}: {', '.join(list(dataset.videos)[:5])}, ...")
+        place = list(dataset.videos).index(args.video_name)
+        indices, video = np.flatnonzero(clip_videos(dataset) == place).tolist(), args.video_name
+    else:
+        index = args.clip or 0
+        if index >= len(dataset):
+            raise ValueError(f"--clip {index}: {dataset.name} has clips 0 to {len(dataset) - 1}")
+        indices, video = [index], f"{dataset.name}-clip-{index}"
+    usual = 25 if config.frames >= 30 or config.key_frame else 4
+    rate = args.rate or (1 if dataset.name == "ava" else usual)
+    out = args.out or Path("out") / video.replace("/", "_")
+    names = list(dataset.class_names)
+    show(detector, lambda seen: dataset_clips(dataset, indices, rate), video, rate, out, names,
+         classes, args)
+
+
+def draw_all(args, device, rank, precision):
+    """What the command line asks for; precision: dtype of autocast."""
+    args.ckpt = find_checkpoint(args.ckpt)
+    model, config, checkpoint = load_model(args.ckpt, args.set, device, args.preset)
+    if args.heads == "content" and "split_heads" not in config.quirks:
+        raise ValueError(f"--heads content: no heads of {args.ckpt} see content alone (no quirk "
+                         "split_heads)")
+    if rank == 0:
+        print(f"{args.ckpt} is {checkpoint['kind']}")
+    detector = Detector(model, config, device, precision)
+    if args.video:
+        if checkpoint["dataset"] == "synthetic" and rank == 0:
+            print(f"{args.ckpt} knows the drawn figures of the synthetic set, and no real video")
+        names = class_names(checkpoint, config)
+        classes = chosen_classes(args.classes, names)
+        failed = show_videos(detector, rank, names, classes, args)
+        if failed and "WORLD_SIZE" not in os.environ:   # torchrun would end the other processes
+            said = "\n".join(failed)
+            raise ValueError(f"{counted(len(failed), 'video')} could not be read:\n{said}")
+        return
+    if rank > 0:
+        return
+    trained = checkpoint.get("settings", {}) | {"dataset": checkpoint["dataset"]}
+    dataset = open_dataset(args, config, checkpoint["classes"], args.ckpt, trained)
+    if args.figure:
+        if attention_sheet(model, dataset, config, args.figure, device, clips=1):
+            print(f"wrote {args.figure}")
+        return
+    show_clips(detector, dataset, chosen_classes(args.classes, dataset.class_names), args)
 
 
 def main(argv=None):
     args = arguments(argv)
     device, rank = start(args.device)
-    model, config, checkpoint = load_model(args.ckpt, args.set, device)
-    if args.heads == "content" and "split_heads" not in config.quirks:
-        raise SystemExit(f"--heads content: no heads of {args.ckpt} see content alone (no quirk split_heads)")
-    trained = checkpoint.get("settings", {}) | {"dataset": checkpoint["dataset"]}
-    # a video needs no data set; but the authors' checkpoints do not name their classes, and --data may
-    dataset = None if args.video and (checkpoint["classes"] or not args.data) else \
-        open_dataset(args, config, checkpoint["classes"], args.ckpt, trained)
-    names = checkpoint["classes"] or (list(dataset.class_names) if dataset else list(UCF_CLASSES) if config.num_classes == 24
-                                      else [f"class {number}" for number in range(1, config.num_classes + 1)])
-    chosen = [name for text in args.classes for name in ([text] if text in names else text.split(","))]
-    if unknown := [name for name in chosen if name not in names]:
-        raise SystemExit(f"unknown classes {', '.join(unknown)}; {args.ckpt} knows: {', '.join(names)}")
-    options = {"names": names, "classes": [names.index(name) for name in chosen]}
-    print(f"{args.ckpt} is {checkpoint['kind']}")
-    if args.video:
-        failed = show_videos(model, args.video, config, device, rank, args, **options)
-        if failed and "WORLD_SIZE" not in os.environ:                       # torchrun would end the other processes
-            raise SystemExit(f"{len(failed)} videos could not be read:\n" + "\n".join(failed))
-        return
-    if args.video_name:
-        if args.video_name not in dataset.videos:
-            raise SystemExit(f"no video {args.video_name!r} among the {len(dataset.videos)} of {dataset.name}: "
-                             f"{', '.join(list(dataset.videos)[:5])}, ...")
-        video = args.video_name
-        indices = np.flatnonzero(clip_videos(dataset) == list(dataset.videos).index(video))
-    else:
-        if not 0 <= (args.clip or 0) < len(dataset):
-            raise SystemExit(f"--clip {args.clip}: {dataset.name} has clips 0 to {len(dataset) - 1}")
-        indices, video = [args.clip or 0], f"{dataset.name}-clip-{args.clip or 0}"
-    rate = args.rate or (1 if dataset.name == "ava" else 25 if config.frames >= 30 or config.key_frame else 4)
-    visualize(model, partial(dataset_clips, dataset, indices, config, rate), video, rate, config, device,
-              args.out or Path("out") / video.replace("/", "_"), args, **options)
+    args.precision = args.precision or default_precision(device, training=False)
+    try:
+        autocast = set_precision(args.precision, device)
+        if rank == 0:
+            print(f"visualize.py: {device}, precision {args.precision}", flush=True)
+        draw_all(args, device, rank, autocast)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"visualize.py: {error}") from error
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

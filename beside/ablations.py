@@ -1,16 +1,18 @@
-"""Tables 1 to 4 (Sec. 5.3): each alternative as a subclass of what it stands in for, no larger
-than the difference.
+"""Tables 1 to 4 (Sec. 5.2): each alternative as a subclass of what it stands in for, no larger than
+the difference. `--set` switches them on:
 
-    Table 1   OrdinaryLayer        an ordinary transformer encoder, on the map of one level
-              LinearClassDecoder   LDL without class queries: a linear head
-              DETRDecoder          no anchors; box and classes are read off the same feature
-    Table 2   WeightedLevels       one learned mixture of the levels for all actors
-              MeanLevels           their mean
-    Table 3   WithoutP             class queries without the actor positional query
-    Table 4   Concat, CrossAttention, SelfAttention, in place of the sum of actor and context
+    Table 1   encoder=transformer      OrdinaryLayer        an ordinary encoder, on one level's map
+              decoder=ldl              LinearClassDecoder   no class queries: a linear head
+              decoder=detr             DETRDecoder          no anchors, one feature for all heads
+    Table 2   aggregation=weighted     WeightedLevels       one learned mixture for all actors
+              aggregation=mean         MeanLevels           the mean of the levels
+    Table 3   class_position=False     WithoutP             no actor positional query
+    Table 4   combine=concat           Concat               of actor and context, for their sum
+              combine=cross-attention  CrossAttention
+              combine=self-attention   SelfAttention
 
-`model.py` asks `encoder_layer`, `localizing_layer`, `classifying_layer` and DECODERS for the class
-of a Config. """
+`model.py` takes what a Config names from the functions at the end.
+"""
 
 # B clips, S cells of a clip, F frames, A actors, C classes, L levels, N cells (H*W), D channels, M
 # heads, Y layers, I (frame, actor) pairs that are classified
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from backbone import CSN152, ConvStem
-from beside.released import ReleasedClassifyingLayer
+from beside.released import ReleasedClassifyingLayer, hold_unused_norm
 from decoder import MLP, ClassifyingLayer, Decoder, LocalizingLayer, masked_softmax, to_heads
 from encoder import DeformableLayer, at_steps
 
@@ -98,7 +100,8 @@ class DETRDecoder(nn.Module):
     the levels.
 
     Same signature as Decoder, with its query positions (F, A, D) in place of anchors. The gate
-    changes nothing. """
+    changes nothing.
+    """
 
     def __init__(self, num_layers, dim, num_heads, dim_feedforward, dropout, num_queries,
                  num_frames, num_classes):
@@ -260,12 +263,18 @@ class SelfAttention:
 
 
 # --------------------------------------------------------------------------------------------------
-# The class that a Config names
+# What a Config names
 
 LOCALIZING = {"actor": LocalizingLayer, "weighted": WeightedLevels, "mean": MeanLevels}
 COMBINE = {"concat": Concat, "cross-attention": CrossAttention, "self-attention": SelfAttention}
-DECODERS = {"ldl+cdl": Decoder, "ldl": LinearClassDecoder}
 OF_THE_LAYER = {"shared_block", "bare_output", "split_heads", "unmasked_padding", "unused_tensors"}
+
+
+def levels_of(config):
+    """The levels that the encoder sees: all, or the ordinary encoder's one."""
+    if config.encoder == "transformer":
+        return [config.grid_level]
+    return list(range(config.num_levels))
 
 
 def encoder_layer(config, num_levels):
@@ -274,13 +283,6 @@ def encoder_layer(config, num_levels):
     if config.encoder == "transformer":
         return OrdinaryLayer(config.dim, config.num_heads, *sizes)
     return DeformableLayer(config.dim, config.num_heads, num_levels, config.num_points, *sizes)
-
-
-def localizing_layer(config, num_levels, first):
-    """One localizing layer."""
-    layer = LOCALIZING[config.aggregation]
-    return layer(config.dim, config.num_heads, num_levels, config.dim_feedforward, config.dropout,
-                 first)
 
 
 def classifying_layer(config):
@@ -296,3 +298,26 @@ def classifying_layer(config):
     if config.combine != "sum":
         layer = type(config.combine, (COMBINE[config.combine], layer), {})
     return layer(*sizes, config.quirks) if released else layer(*sizes)
+
+
+def decoder_of(config, num_levels, frequencies):
+    """The decoder with its layers; frequencies (D/2,) of the anchors' embedding."""
+    sizes = (config.dim_feedforward, config.dropout)
+    num_frames = 1 if config.key_frame else config.frames
+    numbers = (config.num_queries, num_frames, config.num_classes)
+    if config.decoder == "detr":
+        return DETRDecoder(config.decoder_layers, config.dim, config.num_heads, *sizes, *numbers)
+    localizing, classifying = [], []
+    for number in range(config.decoder_layers):
+        layer = LOCALIZING[config.aggregation]
+        localizing.append(layer(config.dim, config.num_heads, num_levels, *sizes, number == 0))
+        if config.decoder == "ldl+cdl":
+            classifying.append(classifying_layer(config))
+    layers = Decoder if config.decoder == "ldl+cdl" else LinearClassDecoder
+    decoder = layers(localizing, classifying, config.dim, *numbers, frequencies,
+                     config.logit_dropout, config.checkpoint_classifier,
+                     three_way_confidence="three_way_confidence" in config.quirks,
+                     anchor_before_norm="anchor_before_norm" in config.quirks)
+    if "unused_tensors" in config.quirks and config.decoder == "ldl+cdl":
+        hold_unused_norm(decoder)
+    return decoder

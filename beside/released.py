@@ -6,15 +6,17 @@ none. `--set quirks=` takes the names of those to keep. What the quirks cost on 
 stands in docs/experiments.md.
 
 position_pairs (encoder.py)
-    Sine and cosine of a pair of channels differ in frequency. Without: the usual pairs.
+    Sine and cosine of a pair of channels differ in frequency, in the tables of maps and keys; the
+    anchors' embedding has the usual pairs. Without: the usual pairs everywhere.
 offset_axes (encoder.py)
     Sampling offsets (t, h, w) are divided by (H, W, T). Without: by (T, H, W).
 grid_edge (encoder.py)
-    The outermost samples of the common grid lie half a cell outside. Without: cell centres.
+    The outermost samples of the common grid lie half a cell outside and are halved, on all three
+    axes, for the grid's own level too. Without: cell centres.
 anchor_before_norm (decoder.py)
     The next anchor is read before the norm that precedes the heads. Without: the predicted box.
 three_way_confidence (decoder.py)
-    Three outputs, of which soft-max entry 1 is the confidence. Without: one logit (Sec. 4.2).
+    Three outputs, of which soft-max entry 1 is the confidence. Without: one logit (Sec. 4.3).
 shared_block
     The convolution blocks of a classifying layer are one block, applied three times. This is where
     the paper's 117.8 M parameters come from. Without: three blocks.
@@ -41,12 +43,31 @@ objective.py
       the class alone (score_with_confidence).
     - The loss is on the last decoder layer only (deep_supervision; the synthetic preset has it on
       all of them, as DETR has).
+    - The class loss is a mean over classes and a sum over queries, focal with alpha 0.25 and gamma
+      2; GIoU counts as 1 - GIoU.
     - The divisors are the numbers of frames, of matched pairs and of confidence weights, where
-      Eq. 5 has |T||N_a|: they differ by constants that the loss weights absorb.
+      Eq. 5 has |T||N_a|: a constant factor for the class loss only; the other two change with the
+      number of actors in the batch.
+    - Matching is done frame by frame, each supervised layer by itself; Eq. 3 has one omega a tube.
     - Matching costs have weights of their own, and no class in them.
     - Queries without an actor weigh less in the confidence loss (no_actor_weight); Eq. 3 weighs all
       queries alike.
+encoder.py
+    - A query is features + position table (a quarter of the channels for t, three eighths each for
+      y and x) + a level embedding; the value is zero at padding.
+    - An offset counts cells of the level it samples, from the cell's own relative place; samples
+      outside are zero. Half of the heads start at t + 1, at angles of 0, 90, 180, 270 degrees,
+      point p at distance p.
+    - The common grid is the third map's H x W (grid_level), by trilinear interpolation.
 decoder.py
+    - The actor embeddings AE start as zeros that are not learned; each layer refines them.
+    - Level shares are a soft-max read off the embedding behind the self-attention, scale and
+      modulation of P off the layer's input; x is a LayerNorm of the mixture.
+    - P is of the anchor's y and x alone; height and width enter by the modulation and by the query
+      position.
+    - Heads, the LayerNorm before them and the anchors' MLPs are shared by all layers; the next
+      layer's anchor is detached.
+    - z is convolved from LayerNorm(f + x), f behind its feed-forward.
     - f is detached in front of the classifying layers; x, P and the level shares are not: through
       them the classes tell the localizing layers what to gather.
     - f is taken before its layer's feed-forward; the classifying layer has one of its own.
@@ -55,22 +76,31 @@ decoder.py
     - A class logit is the mean over the channels of a LayerNorm shared by all layers, with a
       dropout of 0.5 in front of the mean.
     - Boxes are T x A learned anchors for tubes, A for key frames, and start anywhere: N(0, 1).
-    - The first layer's P has no scale, but a modulation by width and height; its content query and
-      key have the box and the position added.
+    - The first layer's P has no scale; like all others it is modulated by width and height. Its
+      content query and key have the box and the position added.
 backbone.py
     - All four maps of the ViT are made from its last features; the paper has intermediate ones.
-    - The ViT does not mask padding; a side that 16 does not divide is floored.
+    - The ViT does not mask padding. A side that 16 does not divide is floored, while masks and
+      boxes keep the full size: a map is stretched by up to 15 pixels.
+    - The ViT's position table is resized in space, step by step, bicubic.
+    - CSN's stage 4 keeps its spatial stride at 1; the fourth map is made from stage 4 as well.
 model.py
     - Encoded features at padding are used as they are, on the common grid and by the convolutions.
     - Key positions are those of T' time steps, repeated as a block: frame t has row t mod T'.
-    - For key frames all T frames are interpolated, and frame T // 2 is decoded.
+    - For key frames frame T // 2 of the maps interpolated to T frames is decoded (only what it
+      needs is computed here); its key positions are row (T // 2) mod T'.
+    - Every matrix of encoder and decoder starts Xavier-uniform, class queries too; the level
+      embedding is N(0, 1), the box head's last layer zero.
     - AVA's score is the class alone; the confidence ranks nothing there.
 train.py
     - Training has two stages: the second starts from the first's transformer, its class queries
       included, and again from the backbone's pre-training.
     - Weight decay is on all parameters, biases and norms included.
 data.py
-    - Frames that fill up a clip repeat the first and the last; they are ignored by the loss.
+    - Videos are tiled by ceil(n / T) clips, in training too, the overhang split between front (the
+      smaller half) and back. The first and the last frame are repeated there, and ignored by the
+      loss. AVA's clips are clamped to the film's frames.
+    - Augmentation and resizing as data.py says.
 
 Where this project chose otherwise, in all presets:
 
@@ -81,6 +111,8 @@ Where this project chose otherwise, in all presets:
     - Every test frame is scored once under its own name, videos are matched by name, also where the
       released evaluation does not (metrics.py).
     - Sampling offsets are laid out (t, h, w), there (x, y, t): turned over in loading.
+    - Key positions lack the level embedding: it is the same at every cell, and no soft-max sees it.
+    - The neck learns at the full rate, only the backbone at its own (train.py).
     - The published backward pass of the sampling op is wrong (a corner's gradient takes another
       corner's weight); here it is the true gradient (deform3d_triton.py).
 """
@@ -242,7 +274,8 @@ def load_released(model, state_dict):
     """The authors' checkpoint into this model: every tensor once, every shape checked.
 
     Raises ValueError with the names, and leaves the model as it was, if anything is missing, left
-    over or of another shape. """
+    over or of another shape.
+    """
     own = model.state_dict()
     loaded, problems = released_weights(state_dict)
     for name, value in loaded.items():

@@ -1,4 +1,4 @@
-"""What a small model without a great pre-training needs, in one place: the synthetic preset's
+"""What a small model without a large pre-training needs, in one place: the synthetic preset's
 positions and start.
 
 Found by trials on the synthetic set, not in the paper. `Config.positions = "small"` is

@@ -92,12 +92,14 @@ def test_coco_images_are_named_by_video_and_frame(tmp_path, pattern, first):
                       "attributes": {"track_id": 6, "occluded": False}})
     names = [pattern.format(first + i) for i in range(4)]
     convert(tmp_path, coco(names, boxes), ".json")
+    lines = (tmp_path / "annotations.csv").read_text().splitlines()
+    assert len(lines) == 7 and lines[-1] == "kitchen,4"    # the fourth image shows nobody
     dataset = open_set(tmp_path, "train")
     tubes = dataset.ground_truth()[1]
     assert [(tube["label"], tube["frames"].tolist()) for tube in tubes] == [
         (1, [1, 2, 3]), (0, [1, 2, 3])]
     assert tubes[0]["boxes"].tolist() == [[20, 10, 60, 40]] * 3
-    assert len(open_set(tmp_path, "train", KEY)) == 4      # the fourth image shows nobody
+    assert len(open_set(tmp_path, "train", KEY)) == 4
 
 
 def test_coco_without_track_ids_will_do_for_key_frames(tmp_path, capsys):

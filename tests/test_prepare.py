@@ -162,7 +162,9 @@ def test_the_sheet_draws_boxes_where_they_are_on_every_picture(tmp_path):
     pictures = sheet.reshape(2, 260, 6, 319, 3).swapaxes(1, 2)             # (2, 6, 260, ...)
     pictures = pictures[:, :, :240]
     assert yellow(pictures).any(axis=(2, 3)).all()
-    tube = yellow(pictures[1, 5])                          # of the test clip, frame 12: one box
+    corner = yellow(pictures[1, :, :20, :20]).any(axis=(1, 2))
+    assert corner.tolist() == [False, True] + [False] * 4  # a second box in frame 5 of 3 to 12
+    tube = yellow(pictures[1, 5])                          # frame 12
     columns, rows = (np.flatnonzero(tube.sum(axis=axis) > 40) for axis in (0, 1))
     found = np.array([columns[0], rows[0], columns[-1], rows[-1]])
     assert np.abs(found - [200, 100, 300, 160]).max() < 4
@@ -173,7 +175,7 @@ def test_the_sheet_shows_key_frames_side_by_side(tmp_path):
     for name in ("v2.2", "excluded_timestamps_v2.2"):
         text = (tmp_path / f"annotations/ava_val_{name}.csv").read_text()
         (tmp_path / f"annotations/ava_train_{name}.csv").write_text(text)
-    assert check("ava", tmp_path) == 0
+    assert check("ava", tmp_path, "--clips", 2) == 0
     sheet = np.asarray(Image.open(tmp_path / "out/sheet.png")).astype(int)
     assert sheet.shape[:2] == (260, 6 * 320)               # 2 key frames of each side
     pictures = sheet.reshape(260, 6, 320, 3).swapaxes(0, 1)

@@ -1,19 +1,25 @@
-"""The paper's Tables 1 to 4, and what each quirk costs, on the synthetic set: `python -m tools.experiments --table 1 3`.
+"""The paper's Tables 1 to 4, and what each quirk costs, on the synthetic set.
 
-A row of a table is the synthetic preset with a switch or two (ROWS), a run is a row with a seed: `train.py` in a process of
-its own on one core or one GPU, as many side by side as there are. Runs stand in `--out`, ROW-seedN; tables share them, one
-that was broken off goes on, one that is done is kept: end the command when you like and repeat it. Rows get the same number
-of clips; with --same-time a second run each, ROW-time-seedN, of as many clips as take the time of the full model's run.
-The tables of docs/experiments.md are then written anew from all runs that are done.
+    python -m tools.experiments --table 1 3         # end it when you like and repeat it
+    python -m tools.experiments --table 1 --same-time
+    python -m tools.experiments --places            # when class queries pay, see tools/places.py
+
+A row of a table is the synthetic preset with a switch or two; a run is a row with a seed: train.py
+in a process of its own on one core or GPU, as many side by side as there are. It starts from the
+pre-trained stem, as the preset does, and takes 1,800 steps. Runs are folders OUT/ROW-seedN that
+tables share: those that are done are kept, those that are not are resumed. With --same-time the
+rows run again, OUT/ROW-time-seedN, with as many clips as they see in the time that the full model
+takes. The tables of docs/experiments.md are then written anew from all runs that are done.
 
 `attention_shares` puts into numbers what the paper's Fig. 2 and 7 show by eye.
 """
-# B clips, T frames, A actor queries, C classes, N actors; H', W' cells of an attention map
+# B clips, T frames, C classes, N actors; H', W' cells of an attention map
 
 import argparse
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,11 +38,11 @@ import evaluate
 from data import build_dataset, collate
 from model import PRESETS, QUIRKS, Config, VideoActionDetector, config_from_dict, override
 from objective import cxcywh_to_xyxy, match
-from tools.benchmark import time_step
+from tools import places
 
 ROOT = Path(__file__).resolve().parents[1]
+LENGTH = "clips_per_epoch=2880"     # ten epochs: 1,800 steps of 16 clips
 FULL = "deformable3d, LDL + CDL"
-WITHOUT_EFFECT = ("unused_tensors", "position_pairs", "unmasked_padding")   # here: no paper frequencies, no padding
 ROWS = {
     FULL: [],
     "transformer, DETR": ["encoder=transformer", "decoder=detr"],
@@ -49,96 +55,193 @@ ROWS = {
     "concat + 1d conv": ["combine=concat"],
     "cross-attention": ["combine=cross-attention"],
     "self-attention": ["combine=self-attention"],
-    **{f"quirk {name}": [f"quirks={name}"] for name in QUIRKS if name not in WITHOUT_EFFECT},
 }
-TABLES = {  # title, seeds that it wants, its rows with what the paper has for them
+TABLES = {  # title, number of seeds, rows with what the paper has for them
     "1": ("each module (the paper: AVA mAP)", 3, {
         "transformer, DETR": "28.6", "transformer, LDL": "29.1", "transformer, LDL + CDL": "31.4",
         "deformable3d, LDL": "31.3", FULL: "33.5"}),
-    "2": ("aggregation of the levels (AVA mAP, UCF f-mAP)", 2, {
+    "2": ("aggregation of the levels (the paper: AVA mAP, UCF f-mAP)", 2, {
         FULL: "33.5, 85.9", "levels weighted": "32.9, 82.0", "levels mean": "32.0, 82.8"}),
-    "3": ("actor positional queries (AVA mAP, UCF f-mAP)", 3, {FULL: "33.5, 85.9", "without P": "31.7, 82.9"}),
-    "4": ("combining actor and context (AVA mAP, UCF f-mAP)", 2, {
+    "3": ("actor positional queries (the paper: AVA mAP, UCF f-mAP)", 3, {
+        FULL: "33.5, 85.9", "without P": "31.7, 82.9"}),
+    "4": ("combining actor and context (the paper: AVA mAP, UCF f-mAP)", 2, {
         FULL: "33.5, 85.9", "concat + 1d conv": "31.8, 84.7", "cross-attention": "31.3, 81.3",
         "self-attention": "30.8, 81.0"}),
-    "quirks": ("one quirk in force, the others not", 1, {
-        FULL: "", **{row: "" for row in ROWS if row.startswith("quirk")}}),
+    "quirks": ("one quirk active, the others not", 1, {FULL: ""}),
 }
-MARK = "<!-- What follows is written by tools/experiments.py. -->"
+for name in QUIRKS:
+    # The others change nothing here: no paper positions, no padding.
+    if name not in ("unused_tensors", "position_pairs", "unmasked_padding"):
+        ROWS[f"quirk {name}"] = [f"quirks={name}"]
+        TABLES["quirks"][2][f"quirk {name}"] = ""
+BEGIN = "<!-- Written by tools/experiments.py, up to the next such line. -->"
+END = "<!-- End of what tools/experiments.py writes. -->"
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
 
 
 def config_of(row, changes=()):
     """The synthetic preset with a row's switches and the changes."""
-    return override(PRESETS["synthetic"], [*ROWS[row], *changes])
+    return override(PRESETS["synthetic"], [LENGTH, *ROWS[row], *changes])
 
 
 def folder_of(out, row, seed, kind=""):
-    """Where a run stands: out/ROW-seedN, a run of the same time (kind "-time") in out/ROW-time-seedN."""
-    return Path(out) / "{}{}-seed{}".format(row.replace(", ", "-").replace(" + ", "-").replace(" ", "-"), kind, seed)
+    """A run's folder; kind "-time" is a run of the full model's time."""
+    name = re.sub(r"[,+ ]+", "-", row)
+    return Path(out) / f"{name}{kind}-seed{seed}"
+
+
+def runs_of(out, row, kind=""):
+    """{seed: folder} of a row's runs that are done."""
+    runs = {}
+    for folder in sorted(Path(out).glob(folder_of("", row, "*[0-9]", kind).name)):
+        if is_done(folder):
+            runs[int(folder.name.rpartition("seed")[2])] = folder
+    return runs
 
 
 def saved_config(folder):
     """The Config of the run in a folder, None without one."""
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         return None
-    saved = json.loads((folder / "config.json").read_text())
-    return config_from_dict({field.name: saved[field.name] for field in fields(Config) if field.name in saved})
+    saved = json.loads(path.read_text())
+    names = {field.name for field in fields(Config)} & set(saved)
+    return config_from_dict({name: saved[name] for name in names})
 
 
 def is_done(folder, config=None):
-    """Whether a run has ended. SystemExit if the folder holds a run of another Config (None: of any)."""
-    saved, results = saved_config(folder), folder / "results.csv"
-    if None not in (saved, config) and config != saved:
-        raise SystemExit(f"{folder} holds a run of another Config (see its config.json): choose another --out or remove it")
-    return saved is not None and results.is_file() and int(list(csv.DictReader(results.open()))[-1]["epoch"]) == saved.epochs
+    """Whether a run has ended. SystemExit if the folder's run has another Config than `config`."""
+    saved = saved_config(folder)
+    if saved is None:
+        return False
+    if config is not None and config != saved:
+        raise SystemExit(f"{folder} holds a run of another Config (see its config.json): "
+                         "choose another --out or remove it")
+    if not (folder / "results.csv").is_file():
+        return False
+    with open(folder / "results.csv", newline="") as file:
+        evaluations = list(csv.DictReader(file))
+    return int(evaluations[-1]["epoch"]) == saved.epochs
 
 
 def train_one(job, slots, running):
-    """One run to its end, in a process with a core or GPU of its own -> its folder, or None if it failed."""
-    folder, row, seed, changes = job
+    """A run to its end, in a process on a core or GPU of its own -> whether it succeeded."""
+    folder, seed, changes = job
     slot = slots.pop()
-    where = ["--resume", str(folder)] if (folder / "last.pt").is_file() else [
-        "--out", str(folder), "--seed", str(seed), *(["--set", *ROWS[row], *changes] if ROWS[row] or changes else [])]
+    command = [sys.executable, "train.py"]
+    if (folder / "last.pt").is_file():
+        command += ["--resume", str(folder)]
+    else:
+        command += ["--out", str(folder), "--seed", str(seed), "--set", *changes]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if torch.cuda.is_available():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % torch.cuda.device_count()]
+    gpus = torch.cuda.device_count()
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
     with open(f"{folder}.log", "a") as log:
-        process = subprocess.Popen([sys.executable, "train.py", *where], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         running.append(process)
         code = process.wait()
     slots.append(slot)
-    return None if code else folder
+    return code == 0
+
+
+def train_all(jobs, count):
+    """All jobs, so many side by side -> the logs of those that failed."""
+    running = []
+
+    def stop(number, _):  # the runs save what they have, as on Ctrl-C
+        for process in running:
+            process.terminate()
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    run = partial(train_one, slots=list(range(count)), running=running)
+    with ThreadPoolExecutor(count) as pool:
+        succeeded = list(tqdm(pool.map(run, jobs), "runs", total=len(jobs)))
+    return [f"{job[0]}.log" for job, well in zip(jobs, succeeded) if not well]
+
+
+def same_time(out, row):
+    """clips_per_epoch with which a row takes as long as the full model: that of its runs of this
+    kind so far, else from the speed of steps in the runs of the same clips."""
+    for folder in sorted(Path(out).glob(folder_of("", row, "*[0-9]", "-time").name)):
+        saved = saved_config(folder)
+        if saved is not None:
+            return saved.clips_per_epoch
+    full, own = runs_of(out, FULL), runs_of(out, row)
+    seeds = full.keys() & own.keys()
+    if not seeds:
+        raise SystemExit(f"--same-time needs a seed of which {FULL} and {row} are done in {out}: "
+                         "run the command without it first")
+    ratios = [speed(own[seed]) / speed(full[seed]) for seed in seeds]
+    clips = saved_config(full[min(seeds)]).clips_per_epoch * np.mean(ratios)
+    return round(clips / 16) * 16
+
+
+def speed(folder):
+    """Clips a second in a run's steps, the median."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return np.median([json.loads(line)["clips_per_s"] for line in lines])
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers of a run
 
 
 def attention_shares(model, dataset, config, device):
-    """Where the attention of an actor's labels lies, per class group: {"outside", "cause", "area"}: the shares of it outside
-    of the actor's box and on the cause (NaN without one), and the share of the frame that the cause covers.
+    """Where the attention of an actor's labels lies, for each class group: {"outside", "cause",
+    "area"}: its share outside of the actor's box; that on the cause of the actor's context label,
+    where it has one, whichever the group; and the share of the frame that this cause covers.
 
-    Of the queries matched with the actors (`objective.match`), the last layer's maps, means over actors, frames and labels.
+    The last layer's maps of the queries that are matched with the actors, mean over heads; means
+    over frames, actors and labels.
     """
-    sums = {group: np.zeros((2, 3)) for group in dataset.class_groups}
+    found = {group: [] for group in dataset.class_groups}
     for clips, _, targets in DataLoader(dataset, 8, collate_fn=collate):
         with torch.inference_mode():
             out = model(clips.to(device), return_attention=True)
-        for b, t, q, n in zip(*(x.tolist() for x in match(out, targets, config))):
-            maps, target = out["attention"][b, t, q].cpu().numpy(), targets[b]              # (C, H', W')
-            own, cause = (cover(cxcywh_to_xyxy(target[name][n, t]), maps.shape[1:]) for name in ("boxes", "cause"))
+        pairs = torch.stack(match(out, targets, config), 1).tolist()
+        for b, t, query, n in pairs:
+            target = targets[b]
+            maps = out["attention"][b, t, query].cpu().numpy()  # (C, H', W')
+            own = cover(cxcywh_to_xyxy(target["boxes"][n, t]), maps.shape[1:])
+            cause = cover(cxcywh_to_xyxy(target["cause"][n, t]), maps.shape[1:])
             for group, classes in dataset.class_groups.items():
-                for c in (c for c in classes if target["labels"][n, t, c]):
-                    share = maps[c] / maps[c].sum()         # the mean over heads of soft-max weights: 1 but for rounding
-                    values = np.array([1 - (share * own).sum(), (share * cause).sum(), cause.mean()])
-                    sums[group] += np.nan_to_num(values), ~np.isnan(values)
-    return {group: dict(zip(("outside", "cause", "area"), total / np.where(count, count, np.nan)))
-            for group, (total, count) in sums.items()}
+                for c in classes:
+                    if target["labels"][n, t, c]:
+                        share = maps[c] / maps[c].sum()  # sums to 1 but for rounding
+                        on_cause = (share * cause).sum()
+                        found[group].append((1 - (share * own).sum(), on_cause, cause.mean()))
+    shares = {}
+    for group, rows in found.items():
+        rows = np.array(rows).reshape(-1, 3)
+        means = np.full(3, np.nan)
+        for column in range(3):
+            known = rows[~np.isnan(rows[:, column]), column]
+            if len(known):
+                means[column] = known.mean()
+        shares[group] = dict(zip(("outside", "cause", "area"), means.tolist()))
+    return shares
 
 
 def cover(box, size):
-    """The share of each cell of a (H', W') map that a box x1, y1, x2, y2 in [0, 1] covers; NaN for a box of NaN."""
-    (x1, y1, x2, y2), (height, width) = box.tolist(), size
-    rows, columns = (np.clip(np.minimum(high * n, np.arange(n) + 1) - np.maximum(low * n, np.arange(n)), 0, None)
-                     for low, high, n in ((y1, y2, height), (x1, x2, width)))
+    """How much of each cell of a (H', W') map a box x1, y1, x2, y2 in [0, 1] covers; NaN for a box
+    of NaN."""
+    x1, y1, x2, y2 = box.tolist()
+    height, width = size
+    rows = overlap(y1 * height, y2 * height, height)
+    columns = overlap(x1 * width, x2 * width, width)
     return rows[:, None] * columns
+
+
+def overlap(low, high, count):
+    """The lengths that [low, high] shares with [0, 1], [1, 2], ..., (count,)."""
+    edges = np.arange(count)
+    return np.clip(np.minimum(high, edges + 1) - np.maximum(low, edges), 0, None)
 
 
 def measure(folder, device):
@@ -147,125 +250,177 @@ def measure(folder, device):
     if path.is_file():
         return json.loads(path.read_text())
     results = json.loads((folder / "metrics.json").read_text())
-    values = {f"{name} {group}": of[name + "@0.5"] for name in ("f-mAP", "v-mAP")
-              for group, of in [("all", results), *results["per_group"].items()]}
+    values = {"f-mAP": results["f-mAP@0.5"]}
+    for group, of_group in results["per_group"].items():
+        values[group] = of_group["f-mAP@0.5"]
+    values["v-mAP"] = results["v-mAP@0.5"]
     model, config, _ = evaluate.load_model(folder / "last.pt", (), device)
     dataset = build_dataset("synthetic", None, "val", config)
-    found = evaluate.read_detections(folder / "detections.npz")
-    several = np.flatnonzero([len(dataset[i][1]["boxes"]) > 1 for i in range(len(dataset))])
-    inside = np.isin(found["video"], several)
-    found |= {name: found[name][inside] for name in evaluate.ROWS} | {"videos": several}
-    values["f-mAP several actors"] = evaluate.score(found, dataset, config)["f-mAP@0.5"]
     shares = attention_shares(model, dataset, config, device)
-    values |= {f"attention outside, {group}": share["outside"] for group, share in shares.items()}
-    values |= {"attention on cause": shares["context"]["cause"], "cause's area": shares["context"]["area"]}
+    for group, share in shares.items():
+        values[f"outside of the box, {group}"] = share["outside"]
+    for group, share in shares.items():
+        values[f"on the cause, {group}"] = share["cause"]
     path.write_text(json.dumps(values))
     return values
-
-
-def interval(values):
-    """"mean ± half of the 95% interval" (Student's t over seeds; one value stands alone)."""
-    mean = f"{np.mean(values):.3f}"
-    return mean if len(values) < 2 else mean + f" ± {stats.sem(values) * stats.t.ppf(0.975, len(values) - 1):.3f}"
-
-
-def paired(numbers, row, column):
-    """The difference to the full model over the seeds that both have, with its interval; "" without two of them."""
-    seeds = numbers[row].keys() & numbers[FULL].keys()
-    return interval([numbers[row][s][column] - numbers[FULL][s][column] for s in seeds]) if len(seeds) > 1 else ""
 
 
 def cost(config):
     """Parameters in millions and multiply-adds of a clip in billions, the sampling op apart."""
     model = VideoActionDetector(config).eval().requires_grad_(False)
-    count = evaluate.multiply_adds(lambda: model(torch.randn(1, 3, config.frames, 64, 96)))
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M", f"{count / 1e9:.2f} G"
+    clip = torch.randn(1, 3, config.frames, 64, 96)
+    count = evaluate.multiply_adds(lambda: model(clip))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return f"{parameters / 1e6:.2f} M", f"{count / 1e9:.2f} G"
 
 
-def report(out, path, device):
-    """Writes the tables of all runs that are done behind the mark in docs/experiments.md; what stands above it stays."""
-    lines, text = [], path.read_text() if path.is_file() else MARK
-    for kind, said in (("", "the same number of clips"), ("-time", "the same time")):
-        for table, (title, _, rows) in TABLES.items():
-            folders = {row: {int(folder.name.rpartition("seed")[2]): folder for folder in sorted(
-                Path(out).glob(folder_of("", row, "*[0-9]", kind * (row != FULL)).name)) if is_done(folder)} for row in rows}
-            numbers = {row: {s: measure(run, device) for s, run in runs.items()} for row, runs in folders.items()}
-            if any(numbers[row] for row in rows if row != FULL) and numbers[FULL]:
-                costs = {row: cost(saved_config(next(iter(runs.values())))) for row, runs in folders.items() if runs}
-                columns = list(next(iter(numbers[FULL].values())))
-                looks = [column for column in columns if column.startswith("attention") or "area" in column]
-                lines += [f"### Table {table}: {title}, {said}", ""]
-                lines += [*table_lines(rows, numbers, costs, [c for c in columns if c not in looks]), ""]
-                lines += ["Shares of the class attention:", "", *table_lines(rows, numbers, costs, looks), ""] if looks else []
-    if not lines:
-        raise SystemExit(f"{out} holds no run of a table's row that is done, and one of the full model: {path} stays")
-    path.write_text(text.partition(MARK)[0] + MARK + "\n\n" + "\n".join(lines))
-    print(f"wrote {path}")
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+
+def interval(values):
+    """Mean ± half of the 95% interval, Student's t over seeds; of one value the value."""
+    mean = f"{np.mean(values):.3f}"
+    if len(values) < 2:
+        return mean
+    half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+    return f"{mean} ± {half:.3f}"
 
 
 def table_lines(rows, numbers, costs, columns):
-    """A table's rows as Markdown: means over seeds, and below each the differences to the full model, paired by seed."""
-    lines = [["row", "paper", "parameters", "multiply-adds", "seeds", *columns], ["---"] * (len(columns) + 5)]
+    """A table in Markdown: a row's means over seeds, and below it the differences to the full model
+    over the seeds that both have.
+
+    rows {row: what the paper has}; numbers {row: {seed: {column: value}}}; costs {row: (parameters,
+    multiply-adds)}.
+    """
+    header = ["row", "paper", "parameters", "multiply-adds", "seeds", *columns]
+    lines = [header, ["---"] * len(header)]
     for row, runs in numbers.items():
-        values = [interval([run[column] for run in runs.values()]) if runs else "not run" for column in columns]
-        lines.append([row, rows[row], *costs.get(row, ("", "")), " ".join(map(str, runs)), *values])
-        if row != FULL and paired(numbers, row, columns[0]):
-            lines.append(["*less the full model*", *[""] * 4, *(paired(numbers, row, column) for column in columns)])
+        seeds = sorted(runs)
+        line = [row, rows[row], *costs.get(row, ("", "")), " ".join(map(str, seeds))]
+        for column in columns:
+            values = [runs[seed][column] for seed in seeds]
+            line.append(interval(values) if values else "not run")
+        lines.append(line)
+        paired = sorted(runs.keys() & numbers[FULL].keys())
+        if row == FULL or len(paired) < 2:
+            continue
+        line = ["*less the full model*", "", "", "", " ".join(map(str, paired))]
+        for column in columns:
+            differences = [runs[seed][column] - numbers[FULL][seed][column] for seed in paired]
+            line.append(interval(differences))
+        lines.append(line)
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def same_time(out, row, changes, device):
-    """clips_per_epoch that take a row as long as the full model's take it: those of its runs so far, else by steps timed
-    side by side, on one thread as the runs are."""
-    known = [saved_config(folder) for folder in sorted(Path(out).glob(folder_of("", row, "*[0-9]", "-time").name))]
-    if any(known):
-        return [f"clips_per_epoch={next(filter(None, known)).clips_per_epoch}"]
-    torch.set_num_threads(1)
-    ours, full = (time_step(config_of(one, changes), 16, "float32", False, 10, device)["clips_per_s"] for one in (row, FULL))
-    return [f"clips_per_epoch={round(config_of(FULL, changes).clips_per_epoch * ours / full / 16) * 16}"]
+def tables(out, kind, said, device):
+    """The lines of all tables of which a row beside the full model is done."""
+    lines = []
+    for table, (title, _, rows) in TABLES.items():
+        folders = {row: runs_of(out, row, "" if row == FULL else kind) for row in rows}
+        others = [row for row in rows if row != FULL and folders[row]]
+        if not others or not folders[FULL]:
+            continue
+        numbers, costs = {}, {}
+        for row, runs in folders.items():
+            numbers[row] = {seed: measure(folder, device) for seed, folder in runs.items()}
+            if runs:
+                costs[row] = cost(saved_config(next(iter(runs.values()))))
+        columns = list(next(iter(numbers[FULL].values())))
+        looks = [column for column in columns if column.startswith(("outside", "on the cause"))]
+        plain = [column for column in columns if column not in looks]
+        lines += [f"### Table {table}: {title}; {said}", ""]
+        lines += [*table_lines(rows, numbers, costs, plain), ""]
+        lines += ["Shares of the attention of true labels:", ""]
+        lines += [*table_lines(rows, numbers, {}, looks), ""]
+    return lines
+
+
+def report(out, page, device):
+    """Writes the tables of all runs that are done between the two marks of a page."""
+    lines = tables(out, "", "the same clips", device)
+    lines += tables(out, "-time", "the same time", device)
+    if not lines:
+        raise SystemExit(f"{out} holds no finished run of a row and of the full model: {page} "
+                         "stays as it is")
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{page} lacks the line {BEGIN} or {END}: put both where the tables go")
+    page.write_text(before + begin + "\n\n" + "\n".join(lines) + "\n" + end + after)
+    print(f"wrote {page}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
 
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--table", nargs="+", choices=TABLES, default=["1", "2", "3", "4"], help="which tables (1 2 3 4)")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2, for tables 2 and 4 0 1, for the quirks 0")
-    parser.add_argument("--out", default="runs/experiments", help="folder of the runs (runs/experiments)")
-    parser.add_argument("--jobs", type=int, help="runs side by side; default: one a core or GPU; 0: only report")
-    parser.add_argument("--same-time", action="store_true", help="runs of the same time in place of the same clips")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change the Config of all rows")
-    return parser.parse_args(argv)
+    parser.add_argument("--table", nargs="+", choices=TABLES, default=["1", "2", "3", "4"],
+                        help="which tables (1 2 3 4)")
+    parser.add_argument("--places", action="store_true",
+                        help="instead: decoders on maps where actors need several places")
+    parser.add_argument("--seeds", nargs="+", type=int,
+                        help="default: 0 1 2; for tables 2 and 4 0 1, for the quirks 0")
+    parser.add_argument("--out", default="runs/experiments", help="where runs go (%(default)s)")
+    parser.add_argument("--jobs", type=int,
+                        help="runs side by side; default: one a core or GPU; 0: only report")
+    parser.add_argument("--same-time", action="store_true",
+                        help="runs of the full model's time in place of its number of clips")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="change the Config of all rows")
+    args = parser.parse_args(argv)
+    if args.jobs is not None and args.jobs < 0:
+        parser.error(f"--jobs {args.jobs}: must be at least 0")
+    return args
+
+
+def wanted_runs(args):
+    """[(folder, seed, changes)] of the runs that are not done: seed 0 of all rows first."""
+    kind = "-time" if args.same_time else ""
+    wanted = []
+    for table in args.table:
+        _, count, rows = TABLES[table]
+        for row in rows:
+            for seed in range(count) if args.seeds is None else args.seeds:
+                if (seed, row) not in wanted:
+                    wanted.append((seed, row))
+    jobs = []
+    for seed, row in sorted(wanted, key=lambda pair: pair[0]):
+        changes = list(args.set)
+        if args.same_time:
+            if row == FULL:
+                continue
+            changes.append(f"clips_per_epoch={same_time(args.out, row)}")
+        folder = folder_of(Path(args.out).resolve(), row, seed, kind)
+        if not is_done(folder, config_of(row, changes)):
+            jobs.append((folder, seed, [LENGTH, *ROWS[row], *changes]))
+    return jobs
 
 
 def main(argv=None):
     args = arguments(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    slots = list(range(args.jobs if args.jobs is not None else torch.cuda.device_count() or os.cpu_count()))
-    wanted = [(seed, row) for table in args.table for row in TABLES[table][2]
-              for seed in (args.seeds if args.seeds is not None else range(TABLES[table][1]))]
-    rows, jobs = {row: None for _, row in wanted}, []
-    for row in rows:
-        rows[row] = [*args.set, *(same_time(args.out, row, args.set, device) if args.same_time and row != FULL else ())]
-    for seed, row in sorted(dict.fromkeys(wanted), key=lambda pair: pair[0]):       # stable: a seed's rows in their order
-        folder = folder_of(Path(args.out).resolve(), row, seed, "-time" * (args.same_time and row != FULL))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if not is_done(folder, config_of(row, rows[row])):
-            jobs.append((folder, row, seed, rows[row]))
-    running = []
-
-    def stop(number, _):                # the runs save what they have, as on Ctrl-C
-        for process in running:
-            process.terminate()
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGTERM, stop)
-    if slots:
-        with ThreadPoolExecutor(len(slots)) as pool:
-            ended = list(tqdm(pool.map(partial(train_one, slots=slots, running=running), jobs), "runs", total=len(jobs)))
-        failed = [f"{job[0]}.log" for job, folder in zip(jobs, ended) if folder is None]
-        if failed:
-            print(f"{len(failed)} runs failed, see the end of {', '.join(failed)}; the command goes on with them")
+    count = args.jobs
+    if count is None:
+        count = torch.cuda.device_count() or os.cpu_count()
+    if args.places:
+        out = Path(args.out) / "places"
+        if count:
+            places.run_all(out, [0, 1, 2] if args.seeds is None else args.seeds, count)
+        places.report(out, ROOT / "docs" / "places.md", ROOT / "docs" / "places.png")
+        return 0
+    failed = []
+    if count:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        failed = train_all(wanted_runs(args), count)
+    if failed:
+        print(f"{len(failed)} runs failed, see the end of {', '.join(failed)}; repeat the command "
+              "to resume them")
     report(args.out, ROOT / "docs" / "experiments.md", device)
-    return 1 if slots and failed else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

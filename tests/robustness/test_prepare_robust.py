@@ -98,7 +98,8 @@ def test_a_data_set_without_any_frames_is_refused(tmp_path, capsys):
     shutil.rmtree(tmp_path / "rgb-images")
     assert check("ucf", tmp_path) == 1
     out = capsys.readouterr().out
-    assert "NO frames or videos below" in out and "1 fault: ucf" in out
+    assert "NO frames or videos below" in out and "frames/VIDEO/00001.jpg" in out
+    assert "1 fault: ucf" in out                           # of both sides the same
 
 
 def test_avas_frames_have_to_reach_its_last_annotated_second(tmp_path, capsys):
