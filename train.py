@@ -145,7 +145,10 @@ def train(args, out):
         if rank > 0:
             return
         results = evaluate.score(detections, testing, config, tubes=tubes)
+        quick = share < settings["eval_share"]
         said = f"{results['videos']} of {len(testing.videos)} validation videos"
+        if quick:
+            said += " (a quick look)"
         if set(training.videos) == set(testing.videos):
             said += ", overfit check: they are the training videos"
         epoch = state["step"] // steps_per_epoch
@@ -153,7 +156,7 @@ def train(args, out):
         minutes = round((time.monotonic() - begun) / 60, 3)
         row = {"epoch": epoch, "step": state["step"], "minutes": minutes, "share": share}
         row |= columns(results)
-        if share == settings["eval_share"]:
+        if not quick:
             evaluate.write_results(out, results, detections)
             folder.keep_if_best(row)
         folder.add_result(row, PARTS)

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -104,16 +105,22 @@ def test_training_learns(stand_ins, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains_nearly_as_float32_does(stand_ins, tmp_path, precision):
-    settings = ["epochs=6", "eval_every=6"]
+    """fp16 finds its scale by overflowing, here more often in a row than is a fault otherwise."""
+    high = partial(torch.amp.GradScaler, init_scale=2.0 ** 24)
+    stand_ins.setattr(train.torch.amp, "GradScaler", high)
+    settings = ["epochs=10", "eval_every=10"]
     run(tmp_path / "full", settings=settings)
     half = run(tmp_path / "half", "--precision", precision, settings=settings)
     lines = log(tmp_path / "half")
-    skipped = [line["step"] for line in lines if line["skipped"]]
-    assert len(skipped) < 6 and half["state"]["bad"] == 0
-    assert bool(skipped) == bool(half["scaler"]) == (precision == "fp16")   # its scale starts high
-    ends = [np.mean([line["loss"] for line in of[-3:]]) for of in (lines, log(tmp_path / "full"))]
+    full = log(tmp_path / "full")
+    skipped = sum(line["skipped"] for line in lines)
+    if precision == "fp16":
+        assert train.BAD_STEPS < skipped < 20 and half["scaler"]["scale"] < 2.0 ** 20
+    else:
+        assert skipped == 0 and half["scaler"] == {}
+    assert half["state"]["bad"] == 0 and lines[-1]["loss"] != full[-1]["loss"]
+    ends = [np.mean([line["loss"] for line in of[-3:]]) for of in (lines, full)]
     assert ends[0] == pytest.approx(ends[1], rel=0.02 if precision == "bf16" else 0.2)
-    assert lines[10]["loss"] != log(tmp_path / "full")[10]["loss"]
 
 
 # --- chance
@@ -279,14 +286,14 @@ def score_as(patch, values):
 
 
 def test_quick_evaluations_are_marked_and_never_the_best(stand_ins, tmp_path):
-    score_as(stand_ins, [0.9, 0.3, 0.8, 0.5])
+    score_as(stand_ins, [0.3, 0.6, 0.9, 0.5])
     run(tmp_path, "--quick-share", "0.5", settings=["epochs=4", "eval_every=2"])
     with open(tmp_path / "results.csv") as file:
         rows = list(csv.DictReader(file))
     assert [(row["epoch"], row["step"], row["share"]) for row in rows] == [
         ("1", "3", "0.5"), ("2", "6", "1.0"), ("3", "9", "0.5"), ("4", "12", "1.0")]
     assert json.loads((tmp_path / "metrics.json").read_text())["videos"] == 10
-    assert torch.load(tmp_path / "best.pt")["epoch"] == 4           # .5, although .9 was seen
+    assert torch.load(tmp_path / "best.pt")["epoch"] == 2           # .6, although .9 was seen
 
 
 def test_best_is_a_link_to_the_checkpoint_of_the_best_evaluation(stand_ins, tmp_path):
