@@ -449,8 +449,9 @@ def compile_for(kernel, dtype, target, lanes):
     if not forward:
         constants.update(REFERENCE_GRAD=False, DETERMINISTIC=False)
     types = {"levels": "*i32", "num_queries": "i32", "num_cells": "i32"}
-    # offsets and logits stay in float32
-    types |= dict.fromkeys(("value", "out", "grad_out"), f"*{dtype}")
+    # as in training: under autocast offsets and references stay in float32
+    lowered = ("value", "logits", "out", "grad_out", "grad_logits")
+    types |= dict.fromkeys(lowered, f"*{dtype}")
     signature = {}
     for name in kernel.arg_names:
         signature[name] = "constexpr" if name in constants else types.get(name, "*fp32")
@@ -486,7 +487,9 @@ def test_compiled_for_nvidia_few_registers_no_spill_wide_loads(
     assert registers <= (64 if name == "_forward_kernel" else 128)
     assert not re.search(r"\b(LDL|STL)\b", code), "spills"
     assert not re.search(r"\b(BAR|LDS|STS)\b", code), "a barrier or shared memory"
-    assert re.search(r"LDG[.A-Z]*128", code), "no 16-byte load"
+    # a lane's share of a row is 16 bytes of what is added: in the backward, 8 of bfloat16
+    narrow = name == "_backward_kernel" and dtype == "bf16"
+    assert re.search(rf"LDG[.A-Z]*{64 if narrow else 128}", code), "no wide load"
     if name == "_backward_kernel":
         assert re.search(r"REDG?\S*ADD", code), "atomics whose result is unread"
         assert not re.search(r"\bATOMG?\b", code), "atomics whose result is unread"
