@@ -111,7 +111,8 @@ def find_actors(detector, clips, min_score):
     most half of the video}. ValueError where there is no frame.
     """
     frames = {"number": [], "seconds": [], "size": None, "best": 0.0}
-    parts = []
+    # bytes, since small arrays would stay where frames were, and memory grow by a frame a clip
+    kept = {name: bytearray() for name in ROWS}
     for clip, target, _ in bar(clips, "finding tubes", unit="clip"):
         part, _ = detect_clip(detector, clip, target)
         for t in frame_slots(target):
@@ -120,13 +121,16 @@ def find_actors(detector, clips, min_score):
         frames["size"] = [int(side) for side in target["size"]]
         score = part["class_prob"].max(-1) * part["conf"]                    # (frames, A)
         frames["best"] = max(frames["best"], float(score.max()))
-        parts.append({name: values[score >= min_score] for name, values in part.items()})
+        for name, values in part.items():
+            kept[name] += values[score >= min_score].tobytes()
     if not frames["number"]:
         raise ValueError("no frames to draw on: the video is empty")
     frames["shortest"] = 1                      # key frames are a second apart
     if not detector.config.key_frame:
         frames["shortest"] = min(shortest_tube(detector.config), max(1, len(frames["number"]) // 2))
-    found = {name: np.concatenate([part[name] for part in parts]) for name in ROWS}
+    found = {}
+    for name, values in part.items():
+        found[name] = np.frombuffer(kept[name], values.dtype).reshape(-1, *values.shape[2:])
     tubes = link_tubes(found, min_score=min_score, min_length=frames["shortest"])
     return group_tubes(tubes), frames
 

@@ -637,9 +637,8 @@ def packet_stamps(path):
             if packet.is_keyframe:
                 keys.append(packet.pts)
         ordered = np.sort(np.array(stamps, np.int64))
-        if len(set(stamps)) < len(stamps) or not stamps[0] == ordered[0] == first_stamp:
-            return None
-        if stamps[0] not in keys:
+        whole = stamps and first_stamp == ordered[0] and ordered[0] in keys    # from its start on
+        if not whole or len(set(stamps)) < len(stamps):
             return None
         return ordered, np.sort(np.array(keys, np.int64)), float(stream.time_base)
 
@@ -675,21 +674,16 @@ def seek_frames(path, index, stamps, keys):
     with open_video(path) as (container, stream):
         convert = Converter(stream)
         container.seek(int(key), stream=stream)
-        landed = None
-        for packet in container.demux(stream):
-            landed = packet.pts if landed is None else landed
-            if landed is None or landed > expected[0]:     # the seek went too far
+        for frame in container.decode(stream):
+            if not count and (frame.pts is None or frame.pts < expected[0]):
+                continue
+            if frame.pts != expected[count] or frame.is_corrupt:
                 return None
-            for frame in packet.decode():
-                if not count and (frame.pts is None or frame.pts < expected[0]):
-                    continue
-                if frame.pts != expected[count] or frame.is_corrupt:
-                    return None
-                if index[0] + count in wanted:
-                    pictures.append(convert(frame))
-                count += 1
-                if count == len(expected):
-                    return pictures
+            if index[0] + count in wanted:
+                pictures.append(convert(frame))
+            count += 1
+            if count == len(expected):
+                return pictures
     return None
 
 

@@ -512,6 +512,24 @@ def test_training_videos_are_seen_as_at_test_time(checkpoint):
     assert torch.equal(dataset[5][0], plain[5][0])
 
 
+@pytest.mark.parametrize("options, trained, asked", [
+    ([], {}, ("D", "val", 1, "error", 0)),
+    ([], {"split": 2, "missing": "leave-out", "fill": 5}, ("D", "val", 2, "leave out", 5)),
+    (["--data", "E", "--split", "3", "--side", "train", "--fill", "0", "--missing", "error"],
+     {"split": 2, "missing": "leave-out", "fill": 5}, ("E", "train", 3, "error", 0))])
+def test_the_data_are_those_of_the_training_unless_others_are_asked_for(options, trained, asked,
+                                                                        monkeypatch):
+    def build_dataset(name, root, side, config, fold, missing, fill):
+        assert (root, side, fold, missing, fill) == asked
+        return Videos()
+
+    monkeypatch.setattr(evaluate, "build_dataset", build_dataset)
+    args = evaluate.arguments(options)
+    args.split = args.split and args.split[0]
+    trained = {"dataset": "jhmdb", "data": "D", **trained}
+    evaluate.open_dataset(args, CONFIG, Videos.class_names, "best.pt", trained)
+
+
 # ---- the command line on stand-ins --------------------------------------------------------------
 
 @pytest.fixture

@@ -343,6 +343,7 @@ def test_each_video_is_read_from_where_it_is(tmp_path):
     grey_frames(tmp_path / "rgb-images/run/w", "{:05d}.jpg", range(0, 5))
     write_video(tmp_path / "x.MP4", range(6))
     (tmp_path / "rgb-images/run/x").mkdir()                # nothing was extracted
+    (tmp_path / "rgb-images/run/x/thumbnail.jpg").write_text("no frame")
     source = find_source(tmp_path, ["run/v", "run/w", "run/x", "run/y"])
     assert [source.count(f"run/{video}") for video in "vwxy"] == [3, 5, 6, 0]
     assert "videos as frames: 2 (" in str(source) and "as files: 1" in str(source)
@@ -384,7 +385,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_that_still_exceeds_the_need(tmp_p
     Image.new("RGB", (1600, 1200)).save(tmp_path / "b.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg").size == (1600, 1200)
     assert read_image(tmp_path / "a.jpg", (298, 224)).size == (800, 600)
-    assert read_image(tmp_path / "b.jpg", (224, 298)).size == (600, 800)
+    assert read_image(tmp_path / "b.jpg", (100, 400)).size == (600, 800)
 
 
 # --- video files
@@ -510,17 +511,46 @@ def test_a_cut_without_encoding_has_the_frames_that_a_player_shows(tmp_path):
     assert shown(read_frames(path, np.array([0, 50, 109]))) == [40, 90, 149]
 
 
+def test_an_edit_list_that_ends_early_ends_the_video(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, range(150), g=25, bf=3)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"elst") + 12                       # behind version and number of entries
+    length, = struct.unpack(">I", content[at:at + 4])
+    content[at:at + 4] = struct.pack(">I", length // 2)
+    path.write_bytes(content)
+    assert shown(picture for picture, _ in video_frames(path)) == list(range(75))
+    assert len(frame_times(path)) == 75 and shown(read_frames(path, np.array([74]))) == [74]
+
+
+def test_a_video_that_begins_between_key_frames_begins_with_its_first_picture(tmp_path):
+    import av
+    write_video(tmp_path / "whole.mp4", range(100), g=20, bf=0)
+    path = tmp_path / "a.mkv"
+    with av.open(str(tmp_path / "whole.mp4")) as whole, av.open(str(path), "w") as part:
+        stream = whole.streams.video[0]
+        copied = part.add_stream_from_template(stream)
+        for packet in [packet for packet in whole.demux(stream) if packet.size][7:]:
+            packet.stream = copied
+            part.mux(packet)
+    numbers = shown(picture for picture, _ in video_frames(path))
+    assert 7 < numbers[0] <= 20 and numbers == list(range(numbers[0], 100))
+    assert len(frame_times(path)) == len(numbers)
+    assert shown(read_frames(path, np.array([2, 40]))) == [numbers[2], numbers[40]]
+
+
 @pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
 @pytest.mark.parametrize("start", [0, 2500])
 def test_joined_transport_streams_go_on_in_time(tmp_path, codec, start):
     write_video(tmp_path / "a.ts", range(24), codec, g=12, bf=2)
-    ticks = range(start, start + 24)                       # the second file's own time
+    ticks = range(start, start + 72, 3)                    # the second file has a time of its own
     write_video(tmp_path / "b.ts", range(24, 48), codec, ticks=ticks, g=12, bf=2)
     path = tmp_path / "joined.ts"
     path.write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
     pictures, seconds = zip(*video_frames(path))
     assert shown(pictures) == list(range(48))
-    assert np.abs(np.array(seconds) - np.arange(48) / 25).max() < 1e-3
+    wanted = np.array([*range(24), *range(24, 96, 3)]) / 25
+    assert np.abs(np.array(seconds) - wanted).max() < 0.05
     assert np.abs(frame_times(path) - seconds).max() < 1e-3
     assert shown(read_frames(path, np.array([40, 47]))) == [40, 47]
 
@@ -531,6 +561,13 @@ def test_frames_at_uneven_times_keep_their_times(tmp_path):
     pictures, seconds = zip(*video_frames(tmp_path / "a.mkv"))
     assert shown(pictures) == list(range(8))
     assert np.abs(np.array(seconds) - np.array(ticks) / 25).max() < 0.002
+
+
+def test_seconds_grow_where_stamps_are_equal(tmp_path):
+    write_video(tmp_path / "a.mkv", range(30), rate=3000, bf=0)    # which counts milliseconds
+    pictures, seconds = zip(*video_frames(tmp_path / "a.mkv"))
+    assert shown(pictures) == list(range(30)) and min(np.diff(seconds)) > 1e-4
+    assert np.abs(np.array(seconds) - np.arange(30) / 3000).max() < 0.001
 
 
 def test_a_change_of_size_on_the_way_is_undone(tmp_path):

@@ -215,7 +215,8 @@ def test_actors_of_the_same_frames_differ_in_colour_and_later_ones_take_it_over(
 def test_tubes_are_written_with_rounded_numbers_and_their_actor(tmp_path):
     one = tube(2, 3, 5, 0.123456, shift=1 / 3)
     one["boxes"] = one["boxes"].astype(np.float32)
-    actors = visualize.group_tubes([one, tube(0, 3, 5, 0.5, shift=40)])
+    others = [tube(0, 3, 5, 0.5, shift=40), tube(1, 4, 5, 0.4, shift=40)]
+    actors = visualize.group_tubes([one, *others])
     seconds = [0.1, 0.1333333, 28.899999618530273]
     frames = {"number": [3, 4, 5], "seconds": seconds, "size": [20, 80]}
     head = {"video": "v", "rate": 29.97}
@@ -223,6 +224,8 @@ def test_tubes_are_written_with_rounded_numbers_and_their_actor(tmp_path):
     record = json.loads((tmp_path / "tubes.json").read_text())
     assert (record["video"], record["rate"]) == ("v", 29.97)
     assert [actor["actor"] for actor in record["actors"]] == [1, 2]
+    labels = [[part["label"] for part in actor["tubes"]] for actor in record["actors"]]
+    assert labels == [["run", "sit"], ["wave"]]
     assert record["actors"][1] == {"actor": 2, "colour": "#409cff", "tubes": [
         {"label": "wave", "score": 0.1235, "frames": [3, 4, 5], "seconds": [0.1, 0.133, 28.9],
          "boxes": [[0.3, 0.0, 10.3, 10.0]] * 3}]}

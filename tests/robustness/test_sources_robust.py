@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 from test_sources import (
     annots_mat,
     gttubes,
@@ -114,6 +115,7 @@ def test_a_header_line_is_recognised(own):
 @pytest.mark.parametrize("row, message", [
     (("a", 3, .1, .1, .2, .2, 1, 7, .5, 0, 0), "row 10: columns: 11, not 8"),
     (("a", 3, .3, .1, .2, .2, 1, 8), "box with x2 <= x1 or y2 <= y1, once"),
+    (("a", 3, .1, .2, .2, .2, 1, 8), "box with x2 <= x1 or y2 <= y1, once"),
     (("a", 3, .1, "nan", .2, .2, 1, 8), "box with a coordinate that is not a number, once"),
     (("a", 3, .1, .1, 1.2, .2, 1, 8), "box outside of the frame, once"),
     (("a", 21, .1, .1, .2, .2, 1, 8), "row 10: a frame 21: box [0.1, 0.1, 0.2, 0.2], class 1 (of"),
@@ -158,7 +160,8 @@ def test_a_faulty_tube_is_named(ucf):
 
 def test_a_video_of_zero_frames_is_named(ucf):
     annots_mat(ucf / "finalAnnots.mat", {"Biking/v_a": (0, [(1, 3, np.uint8([[1, 1, 9, 9]]))])})
-    assert "Biking/v_a: the video has no frames" in problems(ucf, "val", name="ucf")
+    text, = read_dataset("ucf", ucf, "val", False)[0].problems                 # said once
+    assert "Biking/v_a: the video has no frames" in text
 
 
 def test_a_class_list_with_a_class_twice_or_none_is_an_error(own):
@@ -451,6 +454,14 @@ def test_a_damaged_mat_file_is_an_error(ucf):
         (ucf / "finalAnnots.mat").write_bytes(damaged)
         with pytest.raises(ValueError, match="finalAnnots.mat cannot be read"):
             read_dataset("ucf", ucf, "val", False)
+
+
+def test_a_tube_of_more_boxes_than_frames_is_an_error(ucf):
+    content = sources.loadmat(ucf / "finalAnnots.mat")
+    content["annot"][0, 0]["tubes"][0, 0]["ef"][:] += 1
+    savemat(ucf / "finalAnnots.mat", {"annot": content["annot"]})
+    with pytest.raises(ValueError, match="a tube of 11 frames has 10 boxes"):
+        read_dataset("ucf", ucf, "val", False)
 
 
 def test_a_wrong_folder_or_argument_is_an_error(tmp_path, own):
