@@ -147,10 +147,11 @@ class Signals:
 
 
 def ignore_signals(_):
-    """For a loading process: terminals and schedulers send it signals too, but the step needs its
-    clips. The second SIGTERM ends it: by then the process that started it has met the first."""
+    """For a loading process, whose clips the step needs: what a terminal or a scheduler sends to the
+    whole group of processes does not reach it. It ends with the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if hasattr(os, "setpgrp"):      # not on Windows
+        os.setpgrp()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -343,9 +344,10 @@ def start_from(model, path, class_names, stage_two=False, preset=None):
         else:
             misfits.append(name)
     if misfits:
+        trained = checkpoint.get("settings", {}).get("preset") or "of another name"
         raise ValueError(f"{path} ({checkpoint['kind']}) does not fit the model in {len(misfits)} "
-                         f"tensors: {', '.join(misfits[:5])}; was it trained with another --preset "
-                         "or --set?")
+                         f"tensors: {', '.join(misfits[:5])}; it was trained with --preset "
+                         f"{trained}, or with another --set")
     model.load_state_dict(taken, strict=False)
     said = f"{'encoder and decoder' if stage_two else 'all weights'} from {path}"
     if left_out:
