@@ -165,7 +165,7 @@ def add_boxes(table, rows, path, unit, persons):
     key_frames = np.unique(key_frames.astype(np.int64), axis=0)                # (K, 2)
 
     known = np.isin(rows["label"], np.arange(len(table.classes)) + 1)
-    rows = rows[known & numbered & ~nobody]
+    rows = rows[known & numbered]
     key = np.column_stack([rows["video"], rows["frame"], rows["person"], rows["box"]])     # (R, 7)
     _, first, box_of_row = np.unique(key, axis=0, return_index=True, return_inverse=True)
     boxes = rows[first]                            # (M,) in the order of video, frame, person

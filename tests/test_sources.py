@@ -564,10 +564,12 @@ def test_frames_at_uneven_times_keep_their_times(tmp_path):
 
 
 def test_seconds_grow_where_stamps_are_equal(tmp_path):
-    write_video(tmp_path / "a.mkv", range(30), rate=3000, bf=0)    # which counts milliseconds
-    pictures, seconds = zip(*video_frames(tmp_path / "a.mkv"))
-    assert shown(pictures) == list(range(30)) and min(np.diff(seconds)) > 1e-4
-    assert np.abs(np.array(seconds) - np.arange(30) / 3000).max() < 0.001
+    path = tmp_path / "a.mkv"                              # which counts milliseconds
+    write_video(path, range(60), rate=3000, bf=0)
+    pictures, seconds = zip(*video_frames(path))
+    assert shown(pictures) == list(range(60)) and min(np.diff(seconds)) > 1e-4
+    assert np.abs(np.array(seconds) - np.arange(60) / 3000).max() < 0.001
+    assert sources.packet_stamps(path) is None and shown(read_frames(path, np.array([50]))) == [50]
 
 
 def test_a_change_of_size_on_the_way_is_undone(tmp_path):
