@@ -33,8 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map_only
 
 import evaluate
+import train
 import visualize
-from data import build_dataset
 from model import PRESETS, QUIRKS, VideoActionDetector, override, scores
 from objective import detection_loss
 
@@ -311,17 +311,35 @@ def test_dtypes_that_the_kernel_is_called_with():
 
 
 @fake
-def test_an_evaluation_and_the_pictures_of_a_run_reach_their_end(tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_training_run_reaches_its_end(precision, tmp_path, monkeypatch):
+    """From the first step to the pictures, a short evaluation in it; only the backward pass is left
+    out: every gradient is zero."""
+    models = []
+
+    def move(model, device):
+        models.append(on_fake_gpu(model))
+        return model
+
+    def backward(loss):
+        assert loss.requires_grad
+        for parameter in models[0].parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+
+    monkeypatch.setattr(VideoActionDetector, "to", move)
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(train, "start_processes", lambda device: (torch.device("cuda"), 0, 1))
+    monkeypatch.setattr(evaluate, "memory_gb", lambda device: 0.0)
     monkeypatch.setattr(visualize, "FIGURE_CLIPS", 4)
-    model, config = built("synthetic")
-    dataset = build_dataset("synthetic", None, "val", config)
-    device = torch.device("cuda")
     with FAKE, FakeGPU() as gpu:
-        found = evaluate.detect(model, dataset, config, device, share=0.01, progress=False,
-                                precision=torch.bfloat16)
-        assert visualize.attention_sheet(model, dataset, config, tmp_path / "a.png", device)
-    assert len(found["conf"]) == 3 * config.frames * config.num_queries
-    assert not [note for note in gpu.notes if note.startswith(("mixed", "wait"))]
+        train.main(["--out", str(tmp_path / "run"), "--precision", precision, "--workers", "0",
+                    "--eval-share", "0.01", "--set", "batch_size=4", "micro_batch=2", "epochs=1",
+                    "clips_per_epoch=4"])
+    assert {"attention.png", "best.pt", "curves.png"} <= set(os.listdir(tmp_path / "run"))
+    assert not [note for note in gpu.notes if note.startswith("mixed")]
+    waits = [note for note in gpu.notes if note.startswith("wait")]
+    assert waits and all(" at train.py:" in note for note in waits), waits
 
 
 @fake
@@ -329,7 +347,7 @@ def test_what_is_noted():
     """The notes that the other tests find none of."""
     with FAKE, FakeGPU() as gpu:
         x = torch.ones(3, 4, device="cuda")
-        with pytest.raises(RuntimeError, match="same device"):
+        with pytest.raises(RuntimeError, match="device"):
             x + torch.ones(4)
         torch.tensor([1.0, 2.0], device="cuda")
         x[torch.tensor([0, 2])]
