@@ -287,7 +287,8 @@ def sparse_boxes(table):
     usual = np.bincount(gap).argmax()
     each = "each" if (gap == usual).all() else "most of them"
     return (f"{len(table.box)} boxes, {each} {usual} frames from the next: key frames? use "
-            f"--preset ava, or --fill {usual} to interpolate (--fill 1 takes them as they are)")
+            f"--preset ava (check: --key-frames), or --fill {usual} to interpolate (--fill 1 takes "
+            "them as they are)")
 
 
 def class_counts(table):
@@ -392,10 +393,11 @@ def read_rows(path):
     """A csv of AVA's columns -> (video names (R,), rows (R,) without their video, problems)."""
     names, fields = [], []
     columns, words, fractions = [], [], []         # faults: (number of the row, what is wrong)
-    widths = Counter()
+    widths, semicolons = Counter(), 0
     for line, row in read_csv(path):
         widths[len(row)] += 1
         if len(row) not in (2, 8):
+            semicolons += ";" in "".join(row)
             columns.append((line, f"columns: {len(row)}, not 8 (video, frame, x1, y1, x2, y2, "
                             "class id, person), nor the first 2, for a frame with nobody in it"))
             continue
@@ -418,7 +420,10 @@ def read_rows(path):
     shape = {1: "something else than commas between the columns",
              7: "the last column, the person, left out",
              9: "a column too many, a row number or a score"}.get(usual, "")
-    header = ""
+    if semicolons * 2 > len(columns):
+        shape = ("semicolons between the columns, as of Excel where numbers have decimal commas; "
+                 "save it with commas, and points in numbers")
+    header = "names in place of numbers; a class is its line in the class list, from 1"
     if [line for line, _ in words] == [1]:
         header = "a header line; the format has none: delete it"
     problems = []
