@@ -25,6 +25,7 @@ import math
 import os
 import pickle
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -866,7 +867,11 @@ def where_looked(video):
 def nearest(name, names):
     """", the nearest is ..." where a name is like one of `names`, else nothing."""
     close = difflib.get_close_matches(name, sorted(names), n=1)
-    return f", the nearest is {close[0]}" if close else ""
+    if not close:
+        return ""
+    composed = [unicodedata.normalize("NFC", text) for text in (name, close[0])]
+    unlike = ", with accents of other code points (NFD, as on a Mac): rename it"
+    return f", the nearest is {close[0]}" + unlike * (composed[0] == composed[1])
 
 
 def choose_videos(videos, source, missing, alone):
