@@ -326,6 +326,8 @@ def start_from(model, path, class_names, stage_two=False, preset=None):
     same. ValueError, the model as it was, if anything else does not fit. preset: of a file that
     holds nothing but tensors.
     """
+    if Path(path).is_dir():
+        path = Path(path) / "best.pt"       # of a run, as --ckpt takes it
     checkpoint = read_checkpoint(path, preset)
     weights = strip_prefixes(checkpoint["model"])
     own = model.state_dict()
