@@ -211,7 +211,8 @@ def test_a_validation_video_that_is_not_annotated_is_named_with_the_nearest(own)
 def test_names_that_only_look_the_same_are_told_apart(own):
     (own / "frames/a").rename(own / "frames/ku\u0308che")          # as macOS writes it
     write_csv(own / "annotations.csv", [B, *(("k\xfcche", *row[1:]) for row in ROWS)])
-    assert "k\xfcche, the nearest is ku\u0308che, with accents of other code points" in problems(own)
+    expected = "k\xfcche, the nearest is ku\u0308che, with accents of other code points"
+    assert expected in problems(own)
 
 
 # --- videos that are not there, or there twice
