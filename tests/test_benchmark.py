@@ -1,4 +1,4 @@
-"""tools/benchmark.py: all that it measures runs on a CPU, and what goes wrong on the way is a row."""
+"""tools/benchmark.py: all that it measures runs on a CPU; what goes wrong on the way is a row."""
 
 import json
 import math
