@@ -537,6 +537,8 @@ def open_dataset(args, config, classes, source, trained):
     root, split = args.data or trained.get("data"), args.split or trained.get("split") or 1
     missing = (args.missing or trained.get("missing") or "error").replace("-", " ")
     fill = trained.get("fill") or 0 if args.fill is None else args.fill
+    if name is None:
+        raise SystemExit(f"{source} does not say which data set it is for: name it with --dataset")
     if root is None and name != "synthetic":
         raise SystemExit(f"data set {name!r} of {source} is read from a folder: name it with "
                          "--data DIR")

@@ -391,10 +391,12 @@ def read_checkpoint(path, preset=None):
     ValueError for other files."""
     content = open_checkpoint(path)
     if is_ours(content):
-        return {**content, "kind": "a checkpoint of this project"}
+        unsaid = {"dataset": None, "classes": None, "epoch": None, "metrics": {}}   # saved by hand
+        return {**unsaid, **content, "kind": "a checkpoint of this project"}
     tensors, problems = content if isinstance(content, dict) else {}, []
-    if isinstance(tensors.get("model"), dict):
-        tensors = tensors["model"]
+    for wrapping in ("model", "state_dict"):
+        if isinstance(tensors.get(wrapping), dict):
+            tensors = tensors[wrapping]
     tensors = strip_prefixes(tensors)
     kind, found = "weights of this project", preset
     if "decoder.class_queries" not in tensors:

@@ -81,6 +81,7 @@ def train(args, out):
         settings, config = choose_settings(args, saved)
         if settings["precision"] is None:
             settings["precision"] = evaluate.default_precision(device, training=True)
+        autocast = evaluate.set_precision(settings["precision"], device)    # a dtype, or None
         if rank == 0:
             print(f"{out}: {settings['dataset']}, preset {settings['preset']}, seed "
                   f"{settings['seed']}, {world} x {device.type} in {settings['precision']}",
@@ -105,7 +106,6 @@ def train(args, out):
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device).train()
-    autocast = evaluate.set_precision(settings["precision"], device)    # a dtype; None: without
     torch.backends.cudnn.benchmark = settings["dataset"] in FIXED_SIZES
     if settings["compile"]:
         compile_parts(model)
@@ -243,12 +243,13 @@ def train(args, out):
             "eta_minutes": minutes / (step + 1) * (total - step - 1)}
         if not finite:
             line["clips"] = name_clips(micro, losses, world)
-            bar.write(f"step {step + 1} skipped: loss {loss}, gradient norm {norm} with "
-                      f"{', '.join(line['clips'])}")
         bar.set_postfix_str(f"epoch {line['epoch']:.2f} loss {loss:.3f} lr {lr:.1e}", refresh=False)
         bar.update()
         if rank == 0:
             folder.log(line)
+            if not finite:
+                bar.write(f"step {step + 1} skipped: loss {loss}, gradient norm {norm} with "
+                          f"{', '.join(line['clips'])}")
         if state["bad"] == BAD_STEPS:
             raise SystemExit(
                 f"step {step + 1}: loss {loss}, gradient norm {norm}, {BAD_STEPS} in a row: "

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -147,8 +147,8 @@ class Signals:
 
 
 def ignore_signals(_):
-    """For a loading process, whose clips the step needs: what a terminal or a scheduler sends to the
-    whole group of processes does not reach it. It ends with the process that started it."""
+    """For a loading process, whose clips the step needs: what a terminal or a scheduler sends to
+    the whole group of processes does not reach it. It ends with the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):      # not on Windows
         os.setpgrp()
@@ -326,6 +326,8 @@ def start_from(model, path, class_names, stage_two=False, preset=None):
     same. ValueError, the model as it was, if anything else does not fit. preset: of a file that
     holds nothing but tensors.
     """
+    if Path(path).is_dir():
+        path = Path(path) / "best.pt"       # of a run, as --ckpt takes it
     checkpoint = read_checkpoint(path, preset)
     weights = strip_prefixes(checkpoint["model"])
     own = model.state_dict()
@@ -344,10 +346,12 @@ def start_from(model, path, class_names, stage_two=False, preset=None):
         else:
             misfits.append(name)
     if misfits:
-        trained = checkpoint.get("settings", {}).get("preset") or "of another name"
+        hint = "was it trained with another --preset or --set?"
+        preset = checkpoint.get("settings", {}).get("preset")
+        if preset:
+            hint = f"it was trained with --preset {preset}"
         raise ValueError(f"{path} ({checkpoint['kind']}) does not fit the model in {len(misfits)} "
-                         f"tensors: {', '.join(misfits[:5])}; it was trained with --preset "
-                         f"{trained}, or with another --set")
+                         f"tensors: {', '.join(misfits[:5])}; {hint}")
     model.load_state_dict(taken, strict=False)
     said = f"{'encoder and decoder' if stage_two else 'all weights'} from {path}"
     if left_out:

@@ -25,6 +25,7 @@ import math
 import os
 import pickle
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -287,7 +288,8 @@ def sparse_boxes(table):
     usual = np.bincount(gap).argmax()
     each = "each" if (gap == usual).all() else "most of them"
     return (f"{len(table.box)} boxes, {each} {usual} frames from the next: key frames? use "
-            f"--preset ava, or --fill {usual} to interpolate (--fill 1 takes them as they are)")
+            f"--preset ava (check: --key-frames), or --fill {usual} to interpolate (--fill 1 takes "
+            "them as they are)")
 
 
 def class_counts(table):
@@ -392,10 +394,11 @@ def read_rows(path):
     """A csv of AVA's columns -> (video names (R,), rows (R,) without their video, problems)."""
     names, fields = [], []
     columns, words, fractions = [], [], []         # faults: (number of the row, what is wrong)
-    widths = Counter()
+    widths, semicolons = Counter(), 0
     for line, row in read_csv(path):
         widths[len(row)] += 1
         if len(row) not in (2, 8):
+            semicolons += ";" in "".join(row)
             columns.append((line, f"columns: {len(row)}, not 8 (video, frame, x1, y1, x2, y2, "
                             "class id, person), nor the first 2, for a frame with nobody in it"))
             continue
@@ -418,7 +421,10 @@ def read_rows(path):
     shape = {1: "something else than commas between the columns",
              7: "the last column, the person, left out",
              9: "a column too many, a row number or a score"}.get(usual, "")
-    header = ""
+    if semicolons * 2 > len(columns):
+        shape = ("semicolons between the columns, as of Excel where numbers have decimal commas; "
+                 "save it with commas, and points in numbers")
+    header = "names in place of numbers; a class is its line in the class list, from 1"
     if [line for line, _ in words] == [1]:
         header = "a header line; the format has none: delete it"
     problems = []
@@ -855,7 +861,11 @@ def where_looked(video):
 def nearest(name, names):
     """", the nearest is ..." where a name is like one of `names`, else nothing."""
     close = difflib.get_close_matches(name, sorted(names), n=1)
-    return f", the nearest is {close[0]}" if close else ""
+    if not close:
+        return ""
+    composed = [unicodedata.normalize("NFC", text) for text in (name, close[0])]
+    unlike = ", with accents of other code points (NFD, as on a Mac): rename it"
+    return f", the nearest is {close[0]}" + unlike * (composed[0] == composed[1])
 
 
 def choose_videos(videos, source, missing, alone):

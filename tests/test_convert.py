@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from beside.sources import read_rows
 from data import build_dataset
 from tests.small_sets import grey_frames
 from tests.test_data import KEY, STILL
@@ -108,3 +109,19 @@ def test_coco_without_track_ids_will_do_for_key_frames(tmp_path, capsys):
     assert "without track_id" in capsys.readouterr().out
     target = open_set(tmp_path, "train", KEY)[0][1]
     assert target["present"].tolist() == [[True], [True]]
+
+
+def test_a_comma_in_a_video_s_name_is_no_column(tmp_path):
+    box = {"image_id": 10, "category_id": 5, "bbox": [0, 0, 20, 20], "track_id": 1}
+    convert(tmp_path, coco(['a, "b"/1.jpg', 'a, "b"/2.jpg'], [box]), ".json")
+    lines = (tmp_path / "annotations.csv").read_text().splitlines()
+    assert lines[0].startswith('"a, ""b""",1,0.00000,') and lines[1] == '"a, ""b""",2'
+    assert read_rows(tmp_path / "annotations.csv")[0].tolist() == ['a, "b"'] * 2
+
+
+def test_coco_without_sizes_of_its_images_is_named(tmp_path):
+    content = json.loads(coco(["kitchen/1.jpg"], [{"image_id": 10, "category_id": 5,
+                                                   "bbox": [0, 0, 20, 20]}]))
+    del content["images"][0]["width"]
+    with pytest.raises(SystemExit, match="made.json: an image or an annotation has no 'width'"):
+        convert(tmp_path, json.dumps(content), ".json")

@@ -163,6 +163,7 @@ def test_a_checkpoint_gives_its_model_back(tmp_path):
     assert loaded.config == model.config and checkpoint["epoch"] == 3
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, state[name])
+    assert checkpoint["dataset"] is None and checkpoint["classes"] is None      # it does not say
     changed, _ = load_checkpoint(path, changes=["gate=0.25"])
     assert changed.config == replace(model.config, gate=0.25)
     for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
@@ -186,6 +187,8 @@ def test_weights_without_a_config_need_a_preset(tmp_path):
         load_checkpoint(tmp_path / "bare.pt")
     model, checkpoint = load_checkpoint(tmp_path / "bare.pt", preset="synthetic")
     assert model.config == PRESETS["synthetic"] and checkpoint["dataset"] == "synthetic"
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "wrapped.pt")
+    assert load_checkpoint(tmp_path / "wrapped.pt", preset="synthetic")[0].config == model.config
 
 
 def test_a_released_file_is_known_by_its_tensors(tmp_path):

@@ -126,7 +126,8 @@ def test_boxes_at_every_fifth_frame_are_no_tubes_until_they_are_filled(tmp_path,
     every_fifth(tmp_path)
     assert check("custom", tmp_path) == 1
     out = capsys.readouterr().out
-    assert "8 boxes, each 5 frames from the next: key frames? use --preset ava, or --fill 5" in out
+    assert "8 boxes, each 5 frames from the next: key frames?" in out
+    assert "check: --key-frames), or --fill 5" in out
     assert check("custom", tmp_path, "--fill", 5) == 0
     assert "1 video, 2 tubes, 32 boxes, 20 frames" in capsys.readouterr().out
     assert check("custom", tmp_path, "--key-frames") == 0

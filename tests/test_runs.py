@@ -170,6 +170,15 @@ def test_fine_tuning_takes_the_whole_model_and_stage_two_all_but_the_backbone(
     assert ("encoder and decoder" in said) == stage_two and str(path) in said
 
 
+def test_a_run_s_folder_stands_for_its_best_checkpoint(source):
+    weights, path = source
+    path.rename(path.parent / "best.pt")
+    model = VideoActionDetector(CONFIG)
+    before = copied(model)
+    assert "best.pt" in runs.start_from(model, path.parent, CLASSES)
+    assert taken_from(weights, model, before) == set(weights)
+
+
 def test_a_checkpoint_that_does_not_fit_changes_nothing(source):
     for changes in ({"dim_feedforward": 8}, {"decoder": "ldl"}, {"encoder": "transformer"}):
         model = VideoActionDetector(replace(CONFIG, **changes))

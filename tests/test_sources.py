@@ -273,8 +273,8 @@ def write_every_fifth(own, second_class=()):
 def test_boxes_at_every_fifth_frame_are_refused_unasked(own):
     write_every_fifth(own)
     problem, = read_dataset("custom", own, "train", False)[0].problems
-    assert problem.startswith("4 boxes, each 5 frames from the next: key frames? use --preset ava, "
-                              "or --fill 5 to interpolate")
+    assert problem.startswith("4 boxes, each 5 frames from the next: key frames? use --preset ava "
+                              "(check: --key-frames), or --fill 5 to interpolate")
     assert len(read_dataset("custom", own, "train", False, fill=3)[0].problems) == 1
     assert not read_dataset("custom", own, "train", False, fill=1)[0].problems
     table, _ = read_dataset("custom", own, "train", True)

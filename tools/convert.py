@@ -184,7 +184,10 @@ def convert(args):
     try:
         for path in args.files:
             read = read_coco if path.suffix.lower() == ".json" else read_cvat
-            found, nobody, names = read(path)
+            try:
+                found, nobody, names = read(path)
+            except KeyError as error:
+                raise ValueError(f"{path}: an image or an annotation has no {error}") from error
             twice = sorted(set(empty) & set(nobody))
             if twice:
                 raise ValueError(f"{path} has boxes of {twice[0]}, and so has a file before it")
@@ -199,6 +202,10 @@ def convert(args):
             raise SystemExit(f"{listed} lacks {', '.join(unknown)}; add them, or move it away")
         classes = known
 
+    quoted = {video: video for video in empty}
+    for video in empty:
+        if "," in video or '"' in video:
+            quoted[video] = '"' + video.replace('"', '""') + '"'
     rows, left_out = [], 0
     for box, names in zip(boxes, of_boxes):
         x1, y1, x2, y2 = box.corners
@@ -207,12 +214,13 @@ def convert(args):
             continue
         corners = ",".join(f"{value:.5f}" for value in box.corners)
         for name in names:
-            row = f"{box.video},{box.frame},{corners},{classes.index(name) + 1},{box.person}"
+            row = f"{box.frame},{corners},{classes.index(name) + 1},{box.person}"
+            row = f"{quoted[box.video]},{row}"
             rows.append((box.video, box.frame, row))
     for video, frames in empty.items():
         if not frames and all(box.video != video for box in boxes):
             frames = [1]           # a video with nobody in it
-        rows += [(video, frame, f"{video},{frame}") for frame in frames]
+        rows += [(video, frame, f"{quoted[video]},{frame}") for frame in frames]
     root.mkdir(parents=True, exist_ok=True)
     target.write_text("".join(row + "\n" for _, _, row in sorted(rows)), "utf-8")
     listed.write_text("".join(name + "\n" for name in classes), "utf-8")

@@ -17,6 +17,7 @@ no fault) and draws clips with their boxes, as training reads them.
 import argparse
 import os
 import shutil
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -67,7 +68,8 @@ def work(function, items, workers):
         yield from tqdm(map(function, items), "videos", total=len(items), disable=None)
         return
     # not forked: the decoder's threads, which a fork would lose, may be at work already
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=signal.signal,
+                             initargs=(signal.SIGINT, signal.SIG_DFL)) as pool:
         results = pool.map(function, items)
         yield from tqdm(results, "videos", total=len(items), disable=None)
 
@@ -419,7 +421,12 @@ def main(argv=None):
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
     command.add_argument("--data", required=True, metavar="DIR", help="where they are written")
     args = parser.parse_args(argv)
-    return {"extract": extract, "check": check, "convert": convert}[args.command](args)
+    try:
+        return {"extract": extract, "check": check, "convert": convert}[args.command](args)
+    except KeyboardInterrupt:
+        again = "; started again it goes on with the next video"
+        print("ended" + again * (args.command == "extract"), file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

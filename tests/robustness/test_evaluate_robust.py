@@ -109,6 +109,13 @@ def test_without_a_checkpoint_and_without_the_repository_s_own_it_says_so(monkey
         evaluate.find_checkpoint()
 
 
+def test_a_checkpoint_that_tells_its_config_alone_wants_a_data_set(checkpoint):
+    content = torch.load(checkpoint)
+    torch.save({name: content[name] for name in ("model", "config")}, checkpoint)
+    with pytest.raises(SystemExit, match="best.pt does not say which data set .*--dataset"):
+        evaluate.main(["--ckpt", str(checkpoint), "--device", "cpu"])
+
+
 def test_a_missing_checkpoint_names_those_that_are_there(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="there is none in runs/"):

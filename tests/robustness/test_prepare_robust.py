@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.small_sets import grey_frames, small_ava, small_own, small_ucf, write_csv
 from tests.test_prepare import as_videos, check, run
+from tools import prepare
 
 
 # ---- extract ----
@@ -21,6 +22,17 @@ def test_a_video_that_cannot_be_read_is_named_and_the_others_are_done(tmp_path, 
     out = capsys.readouterr().out
     assert "a.mp4" in out and "1 video, 9 frames" in out and "1 cannot be read" in out
     assert [folder.name for folder in (tmp_path / "frames").iterdir()] == ["b"]
+
+
+def test_interrupted_it_ends_in_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(prepare, "extract", interrupted)
+    monkeypatch.setattr(prepare, "check", interrupted)
+    assert prepare.main(["extract", "--dataset", "custom", "--data", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "ended; started again it goes on with the next video\n"
+    assert prepare.main(["check", "--dataset", "custom", "--data", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "ended\n"
 
 
 def test_extract_without_videos_is_an_error(tmp_path):

@@ -92,8 +92,15 @@ B = ("b", 5, 0, 0, 1, 1, 1, 1)
      ["row 2: columns: 9, not 8", "row 3", "row 4", "and 5 more"], "a column too many"),
     (lambda r: r[:7], "row of another number of columns, 8 times",
      ["row 2: columns: 7, not 8", "row 3", "row 4", "and 5 more"], "the last column, the person"),
+    (lambda r: ("\t".join(map(str, r)),), "row of another number of columns, 8 times",
+     ["row 2: columns: 1, not 8", "row 3", "row 4", "and 5 more"], "something else than commas"),
     (lambda r: (";".join(map(str, r)),), "row of another number of columns, 8 times",
-     ["row 2: columns: 1, not 8", "row 3", "row 4", "and 5 more"], "something else than commas")])
+     ["row 2: columns: 1, not 8", "row 3", "row 4", "and 5 more"], "semicolons between"),
+    (lambda r: (";".join(map(str, r)).replace(".", ","),),      # a German Excel's
+     "row of another number of columns, 8 times",
+     ["row 2: columns: 5, not 8", "row 3", "row 4", "and 5 more"], "semicolons between"),
+    (lambda r: (*r[:6], ["wave", "walk"][r[6] - 1], r[7]), "row with a word for a number, 8 times",
+     ["row 2: could not convert", "row 3", "row 4", "and 5 more"], "names in place of numbers")])
 def test_faults_of_one_kind_are_one_message(own, change, kind, places, cause):
     write_csv(own / "annotations.csv", [B, *map(change, ROWS)])
     text, = read_dataset("custom", own, "train", False)[0].problems
@@ -199,6 +206,12 @@ def test_an_empty_side_is_named(own, ucf):
 def test_a_validation_video_that_is_not_annotated_is_named_with_the_nearest(own):
     (own / "val.txt").write_text("b\nab\n")
     assert "val.txt: ab is not in" in problems(own) and "the nearest is" in problems(own)
+
+
+def test_names_that_only_look_the_same_are_told_apart(own):
+    (own / "frames/a").rename(own / "frames/ku\u0308che")          # as macOS writes it
+    write_csv(own / "annotations.csv", [B, *(("k\xfcche", *row[1:]) for row in ROWS)])
+    assert "k\xfcche, the nearest is ku\u0308che, with accents of other code points" in problems(own)
 
 
 # --- videos that are not there, or there twice

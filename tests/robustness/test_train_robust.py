@@ -247,6 +247,7 @@ def test_a_folder_with_a_run_is_refused(stand_ins, tmp_path):
     (["--dataset", "ucf", "--data", "x", "--split", "0"], "--split 0: the splits of ucf"),
     (["--dataset", "jhmdb", "--data", "x", "--split", "4"], "--split 4: the splits of jhmdb"),
     (["--device", "cuda"], "--device cuda: torch finds no GPU"),
+    (["--precision", "tf32"], "precision tf32"),
     (["--init", "missing.pt"], "missing.pt"),
     (["--init-transformer", "missing.pt"], "missing.pt"),
     (["--backbone-weights", "missing.pt"], "missing.pt")])
