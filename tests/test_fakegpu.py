@@ -85,7 +85,7 @@ def test_in_processes_of_their_own(tmp_path):
     for process, output in zip(started, outputs):
         assert process.returncode == 0, output[-20000:]
     passed = sum(int(re.search(r"(\d+) passed", output)[1]) for output in outputs)
-    assert passed >= 50, outputs
+    assert passed >= 45, outputs
 
 
 if GUARD is not None:
@@ -257,10 +257,13 @@ def check_loss(out, config, num_frames):
     assert len(waits) == 1 and waits[0].startswith("download"), waits
 
 
+PASSES = [(preset, *how) for preset in PRESETS for how in (("bf16", True), ("float32", False))]
+PASSES += [(preset, *how) for preset in ("ucf", "synthetic")
+           for how in (("bf16", False), ("fp16", True))]
+
+
 @fake
-@pytest.mark.parametrize("precision, padded", [("bf16", False), ("bf16", True), ("fp16", False),
-                                               ("float32", True)])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset, precision, padded", PASSES)
 def test_presets(preset, precision, padded):
     model, config = built(preset, "frames=8" if preset == "ava_csn152" else "frames=4")
     check(model, config, False, precision, padded)
