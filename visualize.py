@@ -38,8 +38,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
 from beside.released import content_heads
-from beside.sources import (AVA_CLASSES_80, JHMDB_CLASSES, UCF_CLASSES, VIDEO_SUFFIXES, video_files,
-                            video_frames, video_rate)
+from beside.sources import (AVA_CLASSES_80, JHMDB_CLASSES, UCF_CLASSES, VIDEO_SUFFIXES, not_whole,
+                            video_files, video_frames, video_rate)
 from data import draw_transform, render
 from evaluate import (ROWS, add_source_arguments, at_least, bar, clip_videos, default_precision,
                       find_checkpoint, load_model, open_dataset, rows, set_precision, shortest_tube,
@@ -706,17 +706,28 @@ def video_clips(path, config, rate, seen=True):
                          "sampling_rate=1")
     reach = (config.frames - 1) * config.sampling_rate + 1          # frames from first to last
     step = max(1, round(rate)) if config.key_frame else max(1, config.frames // 2)
-    buffer, number = [], 0      # frames: {"picture", "seconds", "clip": as the model sees it}
-    for index, (picture, seconds) in enumerate(video_frames(path)):
+    decoded, number = 0, 0
+    buffer = []                 # frames: {"picture", "seconds", "clip": as the model sees it}
+    for picture, seconds in video_frames(path):
         if len(buffer) == reach:                                    # and there is a frame behind it
             yield video_clip(path, buffer, number, config, step, seen, last=False)
             number, buffer = number + 1, buffer[step:]
-        if index >= number * step:
+        if decoded >= number * step:
             buffer.append({"picture": picture, "seconds": seconds, "clip": None})
+        decoded += 1
+    say_if_not_whole(path, decoded)
     middle = config.frames // 2 * config.sampling_rate if config.key_frame else 0
     while buffer and (number == 0 or len(buffer) > middle):         # too few for a whole clip
         yield video_clip(path, buffer, number, config, step, seen, last=True)
         number, buffer = number + 1, buffer[step:] if config.key_frame else []
+
+
+@lru_cache
+def say_if_not_whole(path, decoded):
+    """Says, once, that frames of a video file are lost."""
+    note = not_whole(path, decoded)
+    if note:
+        print(note)
 
 
 def video_clip(path, buffer, number, config, step, seen, last):

@@ -619,6 +619,17 @@ def video_frames(path):
         yield convert(frame), seconds
 
 
+def not_whole(path, decoded):
+    """What is to be said of a video file of which so many frames can be decoded, "" for nothing. A
+    decoder ends in silence where a file breaks off; a few frames too many are announced of any part
+    that was cut without encoding it again."""
+    with open_video(path) as (_, stream):
+        announced = stream.frames                          # 0 where the file does not tell
+    if decoded >= 0.9 * announced:
+        return ""
+    return f"note: {path}: {announced} frames announced, {decoded} decoded: is it whole?"
+
+
 @cache
 def packet_stamps(path):
     """(time stamps (n,) of the frames in the order shown, those of key frames, seconds of a unit),

@@ -77,7 +77,8 @@ def work(function, items, workers):
 # ---- extract ----
 
 def extract_video(job, pattern, rate):
-    """Writes the frames of a video to a folder -> (their number, what went wrong or "").
+    """Writes the frames of a video to a folder -> (their number, what went wrong or "", a note of
+    frames that are lost or "").
 
     job: the video's file, the folder. rate: frames a second to take, None for all. Where the video
     cannot be read to its end nothing stays in the folder.
@@ -86,24 +87,27 @@ def extract_video(job, pattern, rate):
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    count = 0
+    count, decoded, note = 0, 0, ""
     try:
         # At a rate a frame is taken once, several times or not at all.
         times = np.bincount(sources.frames_at_rate(path, rate)) if rate else None
-        for number, (picture, _) in enumerate(sources.video_frames(path)):
-            if times is not None and number == len(times):
+        for picture, _ in sources.video_frames(path):
+            if times is not None and decoded == len(times):
                 break
-            for _ in range(1 if times is None else times[number]):
+            decoded += 1
+            for _ in range(1 if times is None else times[decoded - 1]):
                 count += 1
                 file = part / pattern.format(count, stem=path.stem)
                 Image.fromarray(picture).save(file, quality=95)
+        else:                                              # decoded to its end
+            note = sources.not_whole(path, decoded)
         if not count:
             raise OSError(f"{path} has no frames")
     except (OSError, ValueError) as error:
         shutil.rmtree(part)
-        return 0, str(error)
+        return 0, str(error), ""
     part.rename(folder)
-    return count, ""
+    return count, "", note
 
 
 def extract(args):
@@ -123,13 +127,15 @@ def extract(args):
         suffixes = ", ".join(sources.VIDEO_SUFFIXES)
         raise SystemExit(f"no videos ({suffixes}) below {root}")
     todo = [(path, target) for target, path in jobs.items() if not target.is_dir()]
-    frames, faults = 0, []
+    frames, faults, notes = 0, [], []
     extract_one = partial(extract_video, pattern=pattern, rate=rate)
-    for count, fault in work(extract_one, todo, min(args.workers, max(len(todo), 1))):
+    for count, fault, note in work(extract_one, todo, min(args.workers, max(len(todo), 1))):
         frames += count
         if fault:
             faults.append(fault)
-    print(*faults, sep="\n", end="\n" if faults else "")
+        if note:
+            notes.append(note)
+    print(*notes, *faults, sep="\n", end="\n" if notes + faults else "")
     print(f"{counted(len(todo) - len(faults), 'video')}, {counted(frames, 'frame')} written below "
           f"{root}; {len(jobs) - len(todo)} were there before; {len(faults)} cannot be read")
     return int(bool(faults))
@@ -182,25 +188,27 @@ def check_frames(frames, every, expected):
 
 
 def check_video(job, source, every):
-    """[(kind, place)] of the faults of a video's frames.
+    """([(kind, place)] of the faults of a video's frames, a note of frames that are lost or "").
 
     job: the video, its number of frames or None; every: as for `check_frames`.
     """
     video, expected = job
+    faults, note = [], ""
     try:
         count = source.count(video)
-        faults = []
         if video in source.folders:
             faults = check_frames(source.frame_folder(video), every, expected)
         else:
-            for _ in sources.video_frames(source.files[video]):
-                pass                                       # it can be decoded to its end
+            file, decoded = source.files[video], 0
+            for _ in sources.video_frames(file):           # it can be decoded to its end
+                decoded += 1
+            note = sources.not_whole(file, decoded)
     except (OSError, ValueError) as error:
-        return [("video that cannot be read", str(error))]
+        return [("video that cannot be read", str(error))], ""
     if expected not in (None, count) and not faults:
         faults = [("video and annotation disagree",
                    f"{video}: its last frame is {count}, that of the annotation {expected}")]
-    return faults
+    return faults, note
 
 
 def check_side(args, split, side, config, faults, checked):
@@ -244,9 +252,13 @@ def check_side(args, split, side, config, faults, checked):
             todo.append((video, None if counted_here else count))
             checked.add(video)
     check_one = partial(check_video, source=source, every=args.every)
-    for found in work(check_one, todo, min(args.workers, max(len(todo), 1))):
+    notes = []
+    for found, note in work(check_one, todo, min(args.workers, max(len(todo), 1))):
         for kind, place in found:
             faults.add(kind, place)
+        if note:
+            notes.append(note)
+    print(*notes, sep="\n", end="\n" if notes else "")
     return dataset
 
 

@@ -6,7 +6,9 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from test_sources import write_video as write_pictures
 
+from beside import sources
 from tests.small_sets import grey_frames, small_ava, small_own, small_ucf, write_csv
 from tests.test_prepare import as_videos, check, run
 from tools import prepare
@@ -133,6 +135,26 @@ def test_a_video_file_that_breaks_off_is_named(tmp_path, capsys):
     assert check("custom", tmp_path) == 1
     out = capsys.readouterr().out
     assert "a.mp4" in out and "1 fault" in out
+
+
+def test_a_video_that_ends_before_what_it_announces_is_noted(tmp_path, capsys):
+    """A decoder ends in silence there; a few frames too many are announced of many a part."""
+    as_videos(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3)).astype(np.uint8)
+    path = tmp_path / "videos/b.avi"
+    write_pictures(path, noise, "mpeg4")
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2])
+    check("custom", tmp_path)
+    run("extract", "--dataset", "custom", "--data", tmp_path)
+    out = capsys.readouterr().out
+    decoded = len(list((tmp_path / "frames/b").iterdir()))
+    note = f"note: {path}: 40 frames announced, {decoded} decoded: is it whole?"
+    assert 0 < decoded < 30 and out.count(note) == 2 and "a.mp4:" not in out
+    assert "0 faults" in out and "0 cannot be read" in out
+    assert not sources.not_whole(tmp_path / "videos/a.mp4", 19)
+    path.write_bytes(content)
+    assert not sources.not_whole(path, 36) and sources.not_whole(path, 35)
 
 
 # ---- check: the annotation ----

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from test_sources import write_video as write_pictures
 
 import evaluate
 import visualize
@@ -58,6 +59,16 @@ def test_files_that_are_no_videos_are_one_line_each(tmp_path, command):
             command("--video", tmp_path / name, "--out", tmp_path / "out")
         assert "\n" not in str(ended.value)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_video_that_ends_before_what_it_announces_is_noted_once(tmp_path, command, capsys):
+    path = tmp_path / "in.avi"
+    noise = np.random.default_rng(0).integers(0, 255, (40, 48, 64, 3)).astype(np.uint8)
+    write_pictures(path, noise, "mpeg4")
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    command("--video", path, "--out", tmp_path / "out")
+    note = f"note: {path}: 40 frames announced, "
+    assert capsys.readouterr().out.count(note) == 1
 
 
 def test_a_result_never_takes_the_place_of_its_video(tmp_path, command):
