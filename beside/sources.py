@@ -734,6 +734,7 @@ class FrameSource:
     files: dict                    # video -> its file, of those without frames
     rate: int | None = None        # frames a second to take from a file; None: all
     known: dict = field(default_factory=dict, repr=False)          # video -> FrameFolder, once read
+    wanted: bool = True            # whether any video was looked for
 
     def __str__(self):
         words = []
@@ -742,6 +743,8 @@ class FrameSource:
             words.append(f"videos as frames: {len(self.folders)} ({first}, ...)")
         if self.files:
             words.append(f"as files: {len(self.files)}")
+        if not self.wanted:
+            return "no video was looked for"
         return ", ".join(words) or f"NO frames or videos below {self.root}"
 
     def __contains__(self, video):
@@ -826,7 +829,8 @@ def find_source(root, videos, rate=None):
                                  "one of them away")
             folders[video] = folder
     wanted = [video for video in videos if video not in folders]
-    return FrameSource(root, folders, find_files(root, wanted) if wanted else {}, rate)
+    files = find_files(root, wanted) if wanted else {}
+    return FrameSource(root, folders, files, rate, wanted=len(videos) > 0)
 
 
 def find_files(root, videos):

@@ -264,6 +264,12 @@ def test_your_own_data_without_any_pixels_is_a_fault(own):
     assert "video without frames and without a file, once" in text and "frames/a/00001.jpg" in text
 
 
+def test_frames_are_not_said_to_be_lost_where_no_row_could_be_read(own):
+    write_csv(own / "annotations.csv", [("a", 1, 2)])
+    _, source = read_dataset("custom", own, "train", False)
+    assert str(source) == "no video was looked for"
+
+
 def test_two_videos_of_one_name_are_an_error_that_names_both(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
