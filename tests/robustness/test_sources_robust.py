@@ -111,6 +111,17 @@ def test_faults_of_one_kind_are_one_message(own, change, kind, places, cause):
     assert all("annotations.csv row" in line for line in lines[:3])
 
 
+@pytest.mark.parametrize("boxes", [
+    [(.3, .1, .2, .2)],                                    # the corners of one box of nine swapped
+    [(.2, .1, .2, .4)] * 15,                               # x2 is x1
+    [(.5, .5, .2, .3)] * 15 + [(.1, .2, .3, .9)]])         # one does not fit as x, y, w, h
+def test_a_turned_box_is_not_always_taken_for_x_y_width_height(own, boxes):
+    rows = [("a", number, *box, 1, 8) for number, box in enumerate(boxes, 1)]
+    write_csv(own / "annotations.csv", [B, *ROWS, *rows])
+    text = problems(own)
+    assert "box with x2 <= x1 or y2 <= y1" in text and "width, height" not in text
+
+
 def test_a_header_line_is_recognised(own):
     header = ("video", "frame", "x1", "y1", "x2", "y2", "class", "person")
     write_csv(own / "annotations.csv", [header, B, *ROWS])
