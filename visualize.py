@@ -1034,6 +1034,8 @@ def show_clips(detector, dataset, classes, args):
 
 def draw_all(args, device, rank, precision):
     """What the command line asks for; precision: dtype of autocast."""
+    if args.out and Path(args.out).is_file():
+        raise ValueError(f"--out {args.out} is a file; name the folder of the results")
     args.ckpt = find_checkpoint(args.ckpt)
     model, config, checkpoint = load_model(args.ckpt, args.set, device, args.preset)
     if args.heads == "content" and "split_heads" not in config.quirks:

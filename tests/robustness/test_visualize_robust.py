@@ -78,6 +78,13 @@ def test_a_result_never_takes_the_place_of_its_video(tmp_path, command):
     assert (tmp_path / "in.mp4").read_bytes() == content
 
 
+def test_a_file_as_the_folder_of_results_is_refused_before_anything_is_computed(tmp_path, command):
+    (tmp_path / "out.mp4").write_text("kept")
+    with pytest.raises(SystemExit, match="--out .*out.mp4 is a file; name the folder"):
+        command("--video", tmp_path / "missing.mp4", "--out", tmp_path / "out.mp4")
+    assert (tmp_path / "out.mp4").read_text() == "kept"
+
+
 # ---- folders of videos ----
 
 def test_a_folder_is_shared_by_processes_and_goes_on_where_it_was_left(
