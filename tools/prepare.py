@@ -19,6 +19,7 @@ import os
 import shutil
 import signal
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -50,6 +51,8 @@ LAYOUTS = {"ucf": ("rgb-images/{group}/{stem}", "{:05d}.jpg"),
 # kinds of faults and what they likely come from
 CAUSES = {"frames missing": "an extraction or a copy that was ended; delete the video's folder and "
                             "run python -m tools.prepare extract",
+          "frames of several kinds in one folder": "frames of several sources; name all alike, or "
+                                                   "move those away that do not belong to it",
           "class without boxes to train on": "all of its videos are in val.txt, or it has none; "
                                              "move videos, or take it out of classes.txt"}
 YELLOW, WHITE = (255, 220, 0), (255, 255, 255)
@@ -174,7 +177,16 @@ def check_frames(frames, every, expected):
     faults, present = [], set(os.listdir(frames.folder))
     wanted = [frames.path(i) for i in range(expected or frames.count)]
     missing = [path for path in wanted if path.name not in present]
-    if missing:
+    kinds = Counter()                      # (prefix, suffix) of names -> files
+    for match in map(sources.frame_name(frames.folder.name).fullmatch, present):
+        if match:
+            kinds[match[1], match[3]] += 1
+    if missing and len(kinds) > 1:
+        named = [f"{count} are {prefix}...{suffix}"
+                 for (prefix, suffix), count in kinds.most_common()]
+        faults.append(("frames of several kinds in one folder",
+                       f"{frames.folder}: {', '.join(named)}; {len(wanted)} expected of one kind"))
+    elif missing:
         faults.append(("frames missing",
                        f"{missing[0]}, {len(missing)} in all ({len(wanted)} expected, "
                        f"{len(wanted) - len(missing)} found)"))

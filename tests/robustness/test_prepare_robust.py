@@ -86,6 +86,10 @@ FAULTS = {
     "a frame too many": (
         lambda folder: Image.new("RGB", (8, 8)).save(folder / "00021.jpg"),
         "disagree, once\n.*v_a: its last frame is 21, that of the annotation 20"),
+    "frames of two kinds": (
+        lambda folder: [(folder / f"000{i}.jpg").rename(folder / f"000{i}.JPEG") for i in (18, 19)],
+        "frames of several kinds in one folder, once; likely cause: frames of several .*\n"
+        ".*v_a: 18 are ....jpg, 2 are ....JPEG; 20 expected of one kind"),
     "a truncated frame": (
         lambda folder: truncate(folder / "00004.jpg"),
         "image that cannot be read, once\n.*cannot read the image .*v_a/00004.jpg"),
