@@ -863,8 +863,12 @@ def find_file(root, *names, needed=True):
         if (folder / name).is_file():
             return folder / name
     if needed:
-        raise FileNotFoundError(f"{' or '.join(names)} missing in {root} and {root}/annotations; "
-                                "is it the data set's folder (--data)?")
+        there = {path.name for folder in (root, root / "annotations") for path in folder.glob("*")}
+        near = next(filter(None, (nearest(name, there) for name in names)), "")
+        if near.endswith((".xlsx", ".xls", ".ods", ".numbers")):
+            near += ": save it as CSV UTF-8 (comma delimited)"
+        raise FileNotFoundError(f"{' or '.join(names)} missing in {root} and {root}/annotations"
+                                f"{near}; is it the data set's folder (--data)?")
     return None
 
 

@@ -495,6 +495,15 @@ def test_a_tube_of_more_boxes_than_frames_is_an_error(ucf):
         read_dataset("ucf", ucf, "val", False)
 
 
+@pytest.mark.parametrize("name, message", [
+    ("annotation.csv", "the nearest is annotation.csv; is it"),
+    ("annotations.xlsx", r"annotations.xlsx: save it as CSV UTF-8 \(comma delimited\); is it")])
+def test_a_file_of_a_name_that_is_nearly_right_is_named(own, name, message):
+    (own / "annotations.csv").rename(own / name)
+    with pytest.raises(FileNotFoundError, match=f"annotations.csv missing in .*{message}"):
+        read_dataset("custom", own, "train", False)
+
+
 def test_a_wrong_folder_or_argument_is_an_error(tmp_path, own):
     empty = tmp_path / "empty"
     empty.mkdir()
