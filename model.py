@@ -72,14 +72,15 @@ class Config:
     vit_heads: int = 12
     drop_path: float = 0.2              # stochastic depth of the ViT, linear over its depth
     key_frame: bool = False             # only frame T // 2 is decoded (AVA)
-    positions: str = "paper"            # or "small": those of a small model (beside/small.py)
-    initialisation: str = "paper"       # or "small": where a small model starts (beside/small.py)
+    positions: str = "paper"            # "paper" or "small": of a small model (beside/small.py)
+    initialisation: str = "paper"       # "paper" or "small": of a small model (beside/small.py)
     quirks: tuple = QUIRKS              # active quirks of the released model (beside/released.py)
-    encoder: str = "deformable3d"       # or "transformer" on the map of grid_level (Table 1)
-    decoder: str = "ldl+cdl"            # or "ldl", "detr": without class queries (Table 1)
-    aggregation: str = "actor"          # of the levels: or "weighted", "mean" (Table 2)
+    encoder: str = "deformable3d"       # "deformable3d" or "transformer" (on grid_level; Table 1)
+    decoder: str = "ldl+cdl"            # "ldl+cdl", or "ldl", "detr": no class queries (Table 1)
+    aggregation: str = "actor"          # of the levels: "actor", "weighted" or "mean" (Table 2)
     class_position: bool = True         # class queries have the actor positional query (Table 3)
-    combine: str = "sum"                # or "concat", "cross-attention", "self-attention" (Table 4)
+    combine: str = "sum"                # "sum", "concat", "cross-attention" or "self-attention"
+                                        # (Table 4)
     checkpoint_backbone: bool = False   # each block again in the backward pass: less memory
     checkpoint_encoder: bool = False    # the same for each encoder layer
     checkpoint_classifier: bool = False  # the same for each classifying layer

@@ -13,7 +13,7 @@ from stand_ins import Clips, StandIn
 
 import train
 from beside import runs
-from model import PRESETS, Config, VideoActionDetector
+from model import CHOICES, PRESETS, Config, VideoActionDetector
 
 CONFIG = replace(
     PRESETS["synthetic"], frames=4, dim=32, num_heads=2, dim_feedforward=16, num_queries=3)
@@ -108,6 +108,8 @@ def test_fields_are_listed_with_their_meaning():
     assert "frames of a clip" in of_field["frames"] and "frames=16 " in of_field["frames"]
     assert "drop_epochs=8,11" in of_field["drop_epochs"]
     assert "the objective" in listed.splitlines()
+    for name, choices in CHOICES.items():                  # whichever of them is the preset's
+        assert [choice for choice in choices if f'"{choice}"' not in of_field[name]] == []
 
 
 def test_frames_with_more_actors_than_queries_are_counted():
