@@ -85,7 +85,7 @@ def test_in_processes_of_their_own(tmp_path):
     for process, output in zip(started, outputs):
         assert process.returncode == 0, output[-20000:]
     passed = sum(int(re.search(r"(\d+) passed", output)[1]) for output in outputs)
-    assert passed >= 45, outputs
+    assert passed >= 36, outputs
 
 
 if GUARD is not None:
@@ -285,8 +285,8 @@ ALL_BUT_ONE = [f"quirks={','.join(set(QUIRKS) - {quirk})}" for quirk in QUIRKS]
 
 
 @fake
-@pytest.mark.parametrize("change", [*SWITCHES, *ALL_BUT_ONE, "quirks="])
-def test_switches_and_quirks_of_the_released_model(change):
+@pytest.mark.parametrize("change", [*ALL_BUT_ONE, "quirks="])
+def test_quirks_of_the_released_model(change):
     model, config = built("ucf", "frames=4", "encoder_layers=1", change)
     check(model, config, False, "bf16", True)
     check_loss(check(model, config, True, "bf16", False, frames=[0, 3]), config, 2)
