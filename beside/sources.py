@@ -736,7 +736,7 @@ class FrameSource:
     files: dict                    # video -> its file, of those without frames
     rate: int | None = None        # frames a second to take from a file; None: all
     known: dict = field(default_factory=dict, repr=False)          # video -> FrameFolder, once read
-    wanted: bool = True            # whether any video was looked for
+    sought: bool = True            # whether any video was looked for
 
     def __str__(self):
         words = []
@@ -745,7 +745,7 @@ class FrameSource:
             words.append(f"videos as frames: {len(self.folders)} ({first}, ...)")
         if self.files:
             words.append(f"as files: {len(self.files)}")
-        if not self.wanted:
+        if not self.sought:
             return "no video was looked for"
         return ", ".join(words) or f"NO frames or videos below {self.root}"
 
@@ -832,7 +832,7 @@ def find_source(root, videos, rate=None):
             folders[video] = folder
     wanted = [video for video in videos if video not in folders]
     files = find_files(root, wanted) if wanted else {}
-    return FrameSource(root, folders, files, rate, wanted=len(videos) > 0)
+    return FrameSource(root, folders, files, rate, sought=len(videos) > 0)
 
 
 def find_files(root, videos):
@@ -864,7 +864,9 @@ def find_file(root, *names, needed=True):
             return folder / name
     if needed:
         there = {path.name for folder in (root, root / "annotations") for path in folder.glob("*")}
-        near = next(filter(None, (nearest(name, there) for name in names)), "")
+        near = ""
+        for name in names:
+            near = near or nearest(name, there)
         if near.endswith((".xlsx", ".xls", ".ods", ".numbers")):
             near += ": save it as CSV UTF-8 (comma delimited)"
         raise FileNotFoundError(f"{' or '.join(names)} missing in {root} and {root}/annotations"
