@@ -6,7 +6,7 @@ with no other figure drawn: multi-label binary cross entropy, on a linear read-o
 over space of each map's mean over time. The third group, "context", cannot be told from a crop and
 is no label here. The scenes are of another seed than those of training and validation.
 
-    python -m tools.pretrain                    # weights/stem.safetensors, three minutes a core
+    python -m tools.pretrain                    # weights/stem.safetensors, 193 s on a core
     python -m tools.pretrain --shrink runs/NAME/best.pt weights/synthetic.pt
 
 --shrink keeps of a checkpoint what evaluating and drawing need, its floats in half precision.
