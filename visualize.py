@@ -537,7 +537,8 @@ def look_at(model, dataset, moment, config, device):
 
 
 def cover(box, size):
-    """The share of each cell of a map (H', W') that a box x1, y1, x2, y2 in [0, 1] covers."""
+    """The share of each cell of a map (H', W') that a box x1, y1, x2, y2 in [0, 1] covers; NaN for a
+    box of NaN."""
     x1, y1, x2, y2 = np.asarray(box, float)
     row, column = np.arange(size[0]), np.arange(size[1])
     down = np.minimum(y2 * size[0], row + 1) - np.maximum(y1 * size[0], row)             # (H',)

@@ -14,6 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from small_sets import small_own, small_ucf  # noqa: E402 (found by the path above)
+
 OF_THE_KERNEL = "test_deform3d_triton.py"
 
 if torch.cuda.is_available():
@@ -34,6 +36,16 @@ def pytest_make_collect_report(collector):
         if collector.path.name != OF_THE_KERNEL:
             hide_gpus(patch)
         return (yield)
+
+
+@pytest.fixture
+def own(tmp_path):
+    return small_own(tmp_path)
+
+
+@pytest.fixture
+def ucf(tmp_path):
+    return small_ucf(tmp_path)
 
 
 @pytest.fixture(autouse=True)

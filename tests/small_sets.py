@@ -7,11 +7,14 @@ from PIL import Image
 from scipy.io import savemat
 
 
-def grey_frames(folder, name, count, size=(64, 48)):
-    """Frames of grey level 2 * (number from 0); JPEG keeps the level of a plain image."""
+def grey_frames(folder, name, numbers, size=(64, 48)):
+    """Frames, one for each number in their names (a count: from 1 on), whose grey level is twice
+    their place; JPEG keeps the level of a plain image."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        Image.new("RGB", size, (2 * i % 256,) * 3).save(folder / name.format(i + 1), quality=95)
+    if isinstance(numbers, int):
+        numbers = range(1, numbers + 1)
+    for i, number in enumerate(numbers):
+        Image.new("RGB", size, (2 * i % 256,) * 3).save(folder / name.format(number), quality=95)
 
 
 def write_csv(path, rows):

@@ -255,7 +255,7 @@ def test_the_gate_skips_actors_and_leaves_the_others():
 
 
 def test_each_layer_compiles_to_one_graph():
-    decoder, (memory, key_pos, padding, anchors, actors) = make_decoder(), inputs()
+    decoder, (memory, key_pos, padding, _, actors) = make_decoder(), inputs()
     memory, key_pos, padding = memory.flatten(2, 3), key_pos.flatten(1, 2), padding.flatten(1)
     arguments = (actors, actors, actors, memory, key_pos, padding)
     localizing = decoder.localizing[0]

@@ -1,7 +1,6 @@
 """tools/experiments.py: which runs tables ask for, what of them is kept, tables, attention."""
 
 import json
-import math
 import signal
 import subprocess
 import sys
@@ -208,11 +207,6 @@ def test_places_are_run_and_reported_by_the_same_command(tmp_path, monkeypatch):
     page, figure = tmp_path / "docs" / "places.md", tmp_path / "docs" / "places.png"
     assert called == [(out, [1], 1), (out, page, figure)]
 
-
-def test_cover_is_the_share_of_each_cell_in_the_box():
-    cover = experiments.cover(torch.tensor([0.25, 0.5, 0.625, 1.2]), (2, 4))
-    np.testing.assert_allclose(cover, [[0, 0, 0, 0], [0, 1, 0.5, 0]])
-    assert np.isnan(experiments.cover(torch.full((4,), math.nan), (2, 3))).all()
 
 
 def area(box):

@@ -1,7 +1,6 @@
 """sources.py: published counts, boxes by hand, and pictures that show their own number: frame n is
 the n-th picture that a player shows, in whatever container and tree it is stored."""
 
-import pickle
 import struct
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import shared
 from PIL import Image
-from scipy.io import savemat
+from small_sets import gttubes, grey_frames, write_csv
 
 from beside import sources
 from beside.sources import (
@@ -66,33 +65,9 @@ def set_matrix(path, a, b, c, d):
     path.write_bytes(content)
 
 
-def grey_frames(folder, name, numbers, size=(64, 48)):
-    """Frames, one for each number in their names, whose grey level is twice their place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, number in enumerate(numbers):
-        Image.new("RGB", size, (2 * i % 256,) * 3).save(folder / name.format(number), quality=95)
-
-
 def levels(images):
     """The grey levels of plain images."""
     return [round(float(np.asarray(image).mean())) for image in images]
-
-
-def write_csv(path, rows):
-    path.write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
-
-
-def make_own(folder):
-    """Your own data: videos a (20 frames, training) and b (9 frames, validation)."""
-    grey_frames(folder / "frames/a", "{:05d}.jpg", range(1, 21))
-    grey_frames(folder / "frames/b", "{:05d}.jpg", range(1, 10))
-    (folder / "classes.txt").write_text("wave\njump high\n")
-    (folder / "val.txt").write_text("b\n")
-    rows = [("a", f, .25, .25, .75, .5, 1, 7) for f in range(3, 9)]
-    rows += [("a", f, .25, .25, .75, .5, 2, 7) for f in (3, 4, 8)]
-    rows += [("a", 3, 0, 0, .5, .5, 2, 9), ("b", 5, 0, 0, 1, 1, 1, 1), ("b", 7)]
-    write_csv(folder / "annotations.csv", rows)
-    return folder
 
 
 @pytest.fixture
@@ -106,50 +81,6 @@ def ava(tmp_path):
         ("vid", "0904", .1, .2, .5, .9, 1, 0)])
     write_csv(tmp_path / "annotations/ava_val_excluded_timestamps_v2.2.csv", [("vid", "0904")])
     return tmp_path
-
-
-def annots_mat(path, videos):
-    """Writes {name: (num_imgs, [(sf, class id, boxes x y w h), ...])} as finalAnnots.mat has it."""
-    annot = np.empty((1, len(videos)), [(name, object) for name in ("num_imgs", "name", "tubes")])
-    for i, (name, (count, tubes)) in enumerate(videos.items()):
-        inner = np.empty((1, len(tubes)), [(f, object) for f in ("ef", "sf", "class", "boxes")])
-        for j, (start, label, boxes) in enumerate(tubes):
-            end = start + len(boxes) - 1
-            inner[0, j] = (np.array([[end]]), np.array([[start]]), np.array([[label]]), boxes)
-        annot[0, i] = (np.array([[count]]), name, inner)
-    savemat(path, {"annot": annot})
-
-
-def make_ucf(folder):
-    """A small UCF101-24: a test video with two tubes, a training video with one."""
-    grey_frames(folder / "rgb-images/Biking/v_a", "{:05d}.jpg", range(1, 21))
-    annots_mat(folder / "finalAnnots.mat", {
-        "Biking/v_a": (20, [(3, 3, np.uint8([[200, 100, 100, 60]] * 10)),
-                            (5, 3, np.uint8([[1, 1, 32, 24]] * 2))]),
-        "Biking/v_b": (9, [(1, 3, np.uint8([[1, 1, 32, 24]] * 9))])})
-    (folder / "testlist01.txt").write_text("Biking/v_a\n")
-    return folder
-
-
-@pytest.fixture
-def own(tmp_path):
-    return make_own(tmp_path)
-
-
-@pytest.fixture
-def ucf(tmp_path):
-    return make_ucf(tmp_path)
-
-
-def gttubes(path, **changes):
-    """Writes a small JHMDB-GT.pkl or UCF101v2-GT.pkl with two splits."""
-    tube = np.float32([[f, 10, 20, 110, 120] for f in range(1, 9)])
-    content = {"labels": ["catch", "clap"],
-               "gttubes": {"clap/v": {1: [tube]}, "catch/w": {0: [tube, tube + [0, 5, 5, 5, 5]]}},
-               "nframes": {"clap/v": 8, "catch/w": 8},
-               "resolution": {"clap/v": (240, 320), "catch/w": (240, 320)},
-               "train_videos": [["clap/v"], ["catch/w"]], "test_videos": [["catch/w"], ["clap/v"]]}
-    path.write_bytes(pickle.dumps({**content, **changes}, protocol=2))
 
 
 # --- annotations

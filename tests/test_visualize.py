@@ -355,6 +355,7 @@ def test_the_share_of_a_map_on_a_box_is_the_area_of_its_cells_inside():
     cells = visualize.cover((11 / 70, 7 / 50, 52 / 70, 23 / 50), CELLS)
     np.testing.assert_allclose(cells, fine.reshape(5, 10, 7, 10).mean((1, 3)), atol=1e-9)
     assert visualize.cover((-1, -1, 2, 2), CELLS).min() == 1
+    assert np.isnan(visualize.cover([np.nan] * 4, CELLS)).all(), "an actor without a cause"
 
 
 def sheet_of(dataset, path, monkeypatch, clips=3):

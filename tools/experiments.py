@@ -39,6 +39,7 @@ from data import build_dataset, collate
 from model import PRESETS, QUIRKS, Config, VideoActionDetector, config_from_dict, override
 from objective import cxcywh_to_xyxy, match
 from tools import places
+from visualize import cover
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH = "clips_per_epoch=2880"     # ten epochs: 1,800 steps of 16 clips
@@ -226,22 +227,6 @@ def attention_shares(model, dataset, config, device):
                 means[column] = known.mean()
         shares[group] = dict(zip(("outside", "cause", "area"), means.tolist()))
     return shares
-
-
-def cover(box, size):
-    """How much of each cell of a (H', W') map a box x1, y1, x2, y2 in [0, 1] covers; NaN for a box
-    of NaN."""
-    x1, y1, x2, y2 = box.tolist()
-    height, width = size
-    rows = overlap(y1 * height, y2 * height, height)
-    columns = overlap(x1 * width, x2 * width, width)
-    return rows[:, None] * columns
-
-
-def overlap(low, high, count):
-    """The lengths that [low, high] shares with [0, 1], [1, 2], ..., (count,)."""
-    edges = np.arange(count)
-    return np.clip(np.minimum(high, edges + 1) - np.maximum(low, edges), 0, None)
 
 
 def measure(folder, device):

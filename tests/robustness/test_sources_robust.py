@@ -9,28 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
-from test_sources import (
-    annots_mat,
-    gttubes,
-    make_own,
-    make_ucf,
-    shown,
-    write_csv,
-    write_video,
-)
+from small_sets import annots_mat, gttubes, write_csv
+from test_sources import shown, write_video
 
 from beside import sources
 from beside.sources import find_source, read_dataset, read_frames, video_frames, video_rate
-
-
-@pytest.fixture
-def own(tmp_path):
-    return make_own(tmp_path)
-
-
-@pytest.fixture
-def ucf(tmp_path):
-    return make_ucf(tmp_path)
 
 
 def problems(root, side="train", key_frame=False, name="custom", **options):
