@@ -11,6 +11,7 @@ from test_sources import write_video as write_pictures
 
 import evaluate
 import visualize
+from beside import pictures
 from model import PRESETS, VideoActionDetector
 
 CONFIG = replace(PRESETS["synthetic"], num_classes=3, num_queries=4)    # clips of 8 frames
@@ -224,12 +225,12 @@ def test_without_a_checkpoint_the_small_one_of_the_repository_is_taken_and_named
 def test_names_that_the_font_cannot_draw_are_drawn_as_far_as_it_can_and_named_once(
         tmp_path, command, capsys):
     names = ("\u8d70\u308b", "\u03c4\u03c1\u03ad\u03c7\u03c9", "run \U0001f3c3")
-    assert visualize.drawable(names) == ["class 1", "\u03c4\u03c1\u03ad\u03c7\u03c9", "run"]
+    assert pictures.drawable(names) == ["class 1", "\u03c4\u03c1\u03ad\u03c7\u03c9", "run"]
     assert capsys.readouterr().out.count("\n") == 1
-    assert visualize.drawable(("\u0431\u0435\u0433", "\u00e9lan")) == ["\u0431\u0435\u0433",
-                                                                       "\u00e9lan"]
+    known = ["\u0431\u0435\u0433", "\u00e9lan"]
+    assert pictures.drawable(tuple(known)) == known
     assert capsys.readouterr().out == ""
-    visualize.drawable.cache_clear()
+    pictures.drawable.cache_clear()
     path = write_video(tmp_path / "in.mp4", 8)
     options = ["--video", path, "--out", tmp_path / "out", "--min-score", 0.01]
     command(*options, names=list(names))
