@@ -4,8 +4,10 @@ ViT-B as VideoMAE has it (Conv3d patches of 2x16x16, T' = T/2) with four maps ma
 features, strides 4, 8, 16, 32; ir-CSN-152 with three of its stages and a fourth map, strides 8, 16,
 16, 32, time halved in each of stages 2, 3 and 4 (T' then differs from level to level); and a small
 convolutional stem for the synthetic preset, strides 8 and 16, T' = T. A backbone gives its raw
-feature maps; its neck (the paper's "1D convolutions" are 1x1x1 here) turns them into L maps of D
-channels. The neck starts from scratch and trains at the full rate.
+feature maps; its neck turns them into L maps of D channels (256, synthetic 64), and starts from
+scratch and trains at the full rate. The paper has "1D convolutions" there. As in the released model
+they are 1x1x1 for CSN's three stages; its fourth map is a 3x3x3 of stride 2, and each of the ViT's
+maps has transposed convolutions or pooling before a 1x1x1 and a 3x3x3 (`ViTNeck`).
 
 As in the released model, the ViT does not mask padding, and a side that 16 does not divide is
 floored. The paper's multi-scale maps are "outputs from intermediate layers": three of CSN's are,

@@ -6,11 +6,11 @@ makes clips of T frames of it, at a temporal stride (T x tau in Tables 5 and 6):
 
     UCF101-24, JHMDB51-21   annotated at every frame, and a clip gives a whole tube: a video of n
                             frames is tiled by ceil(n / T) clips, so that each frame is in one;
-    AVA v2.2                annotated once a second: a clip around each key frame, whose target has
-                            T = 1.
+    AVA v2.2                annotated once a second: a clip centred on each key frame, whose target
+                            has T = 1; the model decodes slot T // 2 alone, which is the key frame.
 
 A slot of a clip before a video's first frame or behind its last repeats that frame and is False in
-target["frames"]: it is ignored by loss and metrics (not so AVA's only frame, the key frame).
+target["frames"]: it is ignored by loss and metrics (AVA's one target frame is always True).
 
 `dataset[i]` is (clip, target): clip (3, T, H, W) uint8, made float32 and normalised by the model
 (backbone.normalise); target a dict

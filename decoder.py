@@ -13,10 +13,16 @@ The paper is silent on some points; here, as in the released model: f is detache
 queries of an actor attend to each other without projections of query, key and value; a class logit
 is the mean over the channels of a LayerNorm. beside/released.py lists where the released model
 departs from the paper; `anchor_before_norm` and `three_way_confidence` are marked lines here. In
-the paper's presets its ReleasedClassifyingLayer stands in for ClassifyingLayer: one block for all
+the benchmark presets its ReleasedClassifyingLayer stands in for ClassifyingLayer: one block for all
 convolutions, no W_Q and W_K on the concatenations, class attention also on padding, no add & norm
 behind it. beside/ablations.py has Tables 1 to 4. Small methods (`add_...`, `combine`, `convolve`,
 `class_predictions`) are what these two files replace.
+
+Sizes (model.Config): A = 15 of UCF101-24 and AVA, 5 of JHMDB; D = 256, M = 8, Y = 3 (AVA 6), 3
+convolution blocks. Names: `P` is the paper's actor positional query, of the anchor's y and x;
+`query_pos` is an MLP of all four numbers of the anchor, for the self-attention among actors and the
+first cross attention. Padding is masked in both kinds of attention; the convolution blocks use what
+the encoder left there. A logit's sigmoid is taken in model.scores, its loss in objective.py.
 """
 
 # B clips, T frames, F = B*T frames of the batch, A actors, C classes, L levels, N cells (H*W), D
@@ -286,7 +292,9 @@ class ClassifyingLayer(nn.Module):
         z = self.interaction(f, context, padding, size)
         queries = self.self_attention(queries).expand(len(z), -1, -1)  # (I, C, D)
         attention = self.class_attention_folded(queries, P, z, key_pos, padding)
-        value = to_heads(self.value(context), self.num_heads)  # (I, M, N, D/M): of x, not of z
+        # Values are of x, the map that Sec. 4.2 gives to CDL as key and value; z, where the actor
+        # has come in, only decides where to look, so what is read there is the scene itself.
+        value = to_heads(self.value(context), self.num_heads)  # (I, M, N, D/M)
         attended = merge_heads(self.dropout(attention).to(value.dtype) @ value)  # (I, C, D)
         attended = self.output(attended)
         queries = self.add_and_norm(queries, attended)
@@ -381,8 +389,8 @@ class Decoder(nn.Module):
             boxes = self.boxes(normed, anchors)
             predictions.append({"pred_boxes": boxes, "pred_conf": self.confidence(normed)})
             # f is detached: what classifying learns from reaches the localizing layers through x,
-            # P and the level shares alone. With f attached, these layers do the looking and class
-            # attention stays at the actor (docs/experiments.md).
+            # P and the level shares alone. In trials on planted maps (tools/places.py) with f
+            # attached, these layers did the looking and class attention stayed at the actor.
             outputs.append({"f": f.detach(), "P": P, "shares": shares, "actors": normed,
                             "attention": attention})
             if self.anchor_before_norm:  # Quirk: the next anchor is read before the norm.
@@ -420,7 +428,8 @@ class Decoder(nn.Module):
                                                 use_reentrant=False)
             else:
                 queries, attention = self.classify_layer(*arguments)
-            # The mean of a LayerNorm is no constant: its learned weight makes it a linear read-out.
+            # A class feature's logit. The mean of a LayerNorm is no constant: its learned weight
+            # makes it a linear read-out. Benchmark presets put a loss on the last layer alone.
             logits.append(self.logit_dropout(self.class_norm(queries)).mean(-1).float())
         results = [torch.stack(logits, 1)]  # (I, Y, C)
         if return_attention == "heads":

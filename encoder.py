@@ -3,8 +3,11 @@
 The L maps (B, D, T_l, H_l, W_l) of the backbone become one sequence of S = sum T_l*H_l*W_l cells.
 Every cell, as a query, samples P points per head and level around its own place, at offsets in (t,
 h, w) and with weights that a linear layer reads off the query. Then all encoded maps are brought
-to the T x H x W of the third (stride 16; Config.grid_level), in all T frames (last paragraph of
-Sec. 4.1): `to_common_grid`.
+to the T x H x W of the third (stride 16; Config.grid_level, the synthetic preset's is the first),
+in all T frames (last paragraph of Sec. 4.1): `to_common_grid`.
+
+Sizes (model.Config): 3 layers (AVA 6), M = 8, P = 8, L = 4, D = 256; the offsets of half of the
+heads start at t + 1, in four directions (`DeformableLayer.initialise`). Values at padding are 0.
 
 Where the released model departs from the paper, a line is marked "Quirk" (beside/released.py lists
 them): `position_pairs`, `offset_axes` and `grid_edge` act here.
@@ -105,7 +108,7 @@ class PositionTable(nn.Module):
 
 
 def paper_table(dim, position_pairs=False):
-    """The table of the paper's presets: a quarter of the D channels for t, three eighths each for
+    """The table of the benchmark presets: a quarter of the D channels for t, three eighths each for
     h and w."""
     axes = [frequencies(n, position_pairs) for n in (dim // 4, 3 * dim // 8, 3 * dim // 8)]
     return PositionTable(axes)

@@ -284,8 +284,10 @@ def score(detections, dataset, config, protocol="strict", tubes=None):
     truth = {name: values[inside] for name, values in truth.items()}
     found = {"video": detections["video"], "frame": detections["frame"], "box": detections["box"],
              "scores": detections["class_prob"] * detections["conf"][:, None]}          # (n, C)
-    frame_map = ava_frame_map if dataset.name == "ava" else metrics.frame_map
-    maps = {"f-mAP@0.5": frame_map(found, truth, len(names))}
+    if dataset.name == "ava":
+        maps = {"f-mAP@0.5": ava_frame_map(found, truth, len(names), protocol)}
+    else:
+        maps = {"f-mAP@0.5": metrics.frame_map(found, truth, len(names))}
     evaluated = set(videos.tolist())
     true_tubes = [tube for tube in true_tubes if tube["video"] in evaluated]
     if not config.key_frame:
@@ -309,13 +311,15 @@ def score(detections, dataset, config, protocol="strict", tubes=None):
                       "per_group": per_group}
 
 
-def ava_frame_map(detections, ground_truth, num_classes):
+def ava_frame_map(detections, ground_truth, num_classes, protocol="strict"):
     """metrics.ava_map with the arguments and the result of metrics.frame_map; class k is action id
-    k + 1, a frame's number its second."""
+    k + 1, a frame's number its second. `strict` is the official script, which counts the AVA_CAP
+    best rows of a key frame; the authors' counts all."""
     found, truth = dict(detections), dict(ground_truth)
     found["timestamp"], truth["timestamp"] = found.pop("frame"), truth.pop("frame")
     truth["label"] = truth["label"] + 1
-    result = metrics.ava_map(found, truth, AVA_CLASSES, cap=AVA_CAP)
+    cap = None if protocol == "released" else AVA_CAP
+    result = metrics.ava_map(found, truth, AVA_CLASSES, cap=cap)
     average_precision = [result["AP"].get(action, np.nan) for action in range(1, num_classes + 1)]
     return {"mAP": result["mAP"], "AP": np.array(average_precision)}
 

@@ -2,6 +2,11 @@
 
 Boxes are x1, y1, x2, y2. Frames and videos are integers or strings.
 
+evaluate.py chooses: the 60 classes of AVA that count and how many rows of a key frame, the true
+boxes of Table 7 (--oracle), the shortest tube. Clips play no part here: each frame of a video comes
+from exactly one (data.py). Excluded seconds of AVA are dropped by `ava_map`'s argument, and by
+beside/sources.py where the annotation is read.
+
 Two protocols. `strict` is this project's own, the same for every data set that has tubes;
 `released` has the rules of the code that made the paper's tables, so that a released checkpoint
 gives the released numbers. The linking of `strict` is ACT's (Kalogeiton et al., ICCV 2017):
@@ -19,6 +24,8 @@ tube match   best ground truth, taken            best ground truth that is still
 AP           all-point with the envelope         the same, recall = tp / (n + 1e-5)
 no truth     class is NaN and left out of        class counts as 0
              the mean
+AVA          50 best (box, class) rows of a      all rows of a key frame
+             key frame (the official script)
 """
 # n detections or boxes, F frames of a video that have detections, T all frames of it, C classes,
 # A boxes of a frame (padded), L live tubes of a class, R frames before this one that they end in

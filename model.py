@@ -5,10 +5,14 @@ A clip (B, 3, T, H, W) becomes L feature maps (backbone, neck), encoded maps (en
 common grid in all T frames, and for each frame A actors with a box, a confidence and C class
 logits (decoder).
 
-The paper presets have all of the released model's departures from the paper, each a name in
-`Config.quirks` (beside/released.py); the alternatives of Tables 1 to 4 are in beside/ablations.py,
-what the small model of the synthetic preset needs in beside/small.py.
+The benchmark presets (ucf, jhmdb, ava, ava_csn152) have all of the released model's departures from
+the paper, each a name in `Config.quirks` (beside/released.py); the alternatives of Tables 1 to 4
+are in beside/ablations.py, what the small model of the synthetic preset needs in beside/small.py.
 `VideoActionDetector.__init__` chooses among them once.
+
+Padding of a batch of clips of several sizes is not masked in the backbone; it is 0 in the encoder's
+values and masked in the attention of both kinds of decoder layers (of the class attention not in
+benchmark presets); on the common grid and in convolutions it is used as it is.
 """
 
 # B clips, T frames, T' time steps of the backbone, F = B*T frames of a batch, A actors, C classes,
@@ -87,7 +91,7 @@ class Config:
     # evaluation
     gate: float = 0.0                   # actors below this confidence are not classified
     link_score: float = 0.0             # boxes that score less are not linked (0: all are)
-    # the objective
+    # the objective: the paper prints no weights, these are the released recipes'
     cost_confidence: float = 4.0        # matching cost
     cost_box: float = 5.0
     cost_giou: float = 2.0
@@ -104,7 +108,7 @@ class Config:
     jitter_hue: int = 10                # +- of 180, cyclic
     jitter_saturation: int = 128        # +- of 255, clipped; the value (brightness) likewise
     permute_colours: bool = False       # a random order of the three colour channels (synthetic)
-    # the recipe
+    # the recipe: where the paper prints none, the released one; nothing is frozen
     batch_size: int = 8                 # clips per step, over all processes and micro-batches
     micro_batch: int = 1                # clips a process takes at once, at most
     epochs: int = 18
@@ -324,7 +328,8 @@ class VideoActionDetector(nn.Module):
         memory = to_common_grid(encoded, lengths, padding.shape[2:], num_frames, grid_edge, frames,
                                 steps)  # (B, T, L, H, W, D)
 
-        # Frame t has the positions of step t mod T': the T' steps are repeated as a block.
+        # Frame t has the positions of step t mod T', the T' steps repeated as a block: so has the
+        # released model, whose weights have learned it (t // 2 would be the time of a ViT's step).
         key_pos = in_frames(self.key_table(padding), num_frames, frames)  # (B or 1, T, H, W, D)
         padding = in_frames(padding, num_frames, frames)  # (B or 1, T, H, W)
         key_pos = key_pos.expand(batch, -1, -1, -1, -1)
@@ -373,8 +378,8 @@ def in_frames(x, num_frames, frames):
 
 
 def scores(out, config):
-    """Class scores at test time (Sec. 4.3), (B, T, A, C) in [0, 1]: sigmoid of the logit, for ucf
-    and jhmdb times the confidence."""
+    """Class scores at test time, (B, T, A, C) in [0, 1]: the sigmoid of the logit (Sec. 4.2); as
+    released, not in the paper: times the confidence (Config.score_with_confidence; not AVA)."""
     probabilities = out["pred_logits"].float().sigmoid()
     if not config.score_with_confidence:
         return probabilities

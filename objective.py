@@ -16,10 +16,13 @@ its weights. All three are known from the targets alone (`loss_counts`), so that
 of the whole batch, over micro-batches and processes. A clip without actors has no pairs: its
 queries learn zeros, and box and giou are 0.
 
-Five choices are the released recipe's and not the paper's, each with a comment where it acts: class
+Besides matching and divisors, five choices are the released recipe's and not the paper's: class
 losses of matched queries count tenfold; confidence losses of the others are weighed by 0.5 (AVA
 0.1); the class loss is that of the score, class times confidence (all presets but AVA's); labels
-are smoothed (AVA); and the last decoder layer alone has a loss (in the synthetic preset all have).
+are smoothed (AVA: 0 is learned as .05, by unmatched queries too); and the last decoder layer alone
+has a loss (in the synthetic preset all have). Weights of the losses and of the matching costs are
+Config's loss_* and cost_*, the released recipes': class 4, L1 5, GIoU 2, confidence 3 (AVA 10, 5,
+2, 1); the paper prints none.
 
 A target is a dict of one clip: boxes (N, T, 4) cx, cy, w, h in [0, 1], present (N, T) bool, labels
 (N, T, C) 0 or 1, frames (T,) bool, False on temporal padding, which is ignored by every part.

@@ -9,6 +9,11 @@
 `train` is the story, from the arguments to the last evaluation; beside/runs.py has the machinery
 of a run: its settings, its folder, signals, the seeded order of the clips.
 
+The recipes are in model.PRESETS, as released: the paper prints none of learning rates, batches and
+epochs. Stage two is the same recipe once more, with --init-transformer: encoder and decoder start
+from stage one, the backbone again from its pre-training, the neck anew. Nothing is frozen in either
+stage, CSN's BatchNorm included, but the tensors that nothing uses (beside/released.py).
+
 A step takes `batch_size` clips over all processes, `micro_batch` of them at a time on each. The
 divisors of the loss are summed over all of these first, so the gradient is that of one large
 batch however it is cut.
@@ -307,8 +312,8 @@ def arguments(argv=None):
         "random ones; default for synthetic: weights/stem.safetensors")
     add("--init", metavar="FILE", help="fine-tuning: the whole model of a checkpoint, this "
         "project's or the authors'")
-    add("--init-transformer", metavar="FILE", help="the paper's stage two: encoder and decoder of "
-        "stage one's checkpoint, the backbone again from pre-training")
+    add("--init-transformer", metavar="FILE", help="stage two of the released recipe: "
+        "encoder and decoder of stage one's checkpoint, the backbone again from pre-training")
     add("--resume", metavar="DIR", nargs="?", const="", help="go on with the run in DIR, or --out")
     add = parser.add_argument_group("where it ends").add_argument
     add("--out", metavar="DIR", help="run folder, default runs/<dataset>-<date>-<time>")

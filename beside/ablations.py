@@ -12,6 +12,10 @@ the difference. `--set` switches them on:
               combine=self-attention   SelfAttention
 
 `model.py` takes what a Config names from the functions at the end.
+
+The paper names each alternative and cites one for some, no more: how they are built in detail is
+this project's. DETR's decoder sees the mean of the levels; CrossAttention adds what the actor
+gathered to the plain sum; SelfAttention has a residual and no norm.
 """
 
 # B clips, S cells of a clip, F frames, A actors, C classes, L levels, N cells (H*W), D channels, M

@@ -286,6 +286,15 @@ def test_ava_is_scored_and_written_as_the_official_csv_which_scores_the_same(tmp
             file.write(f"{'ab'[video]},{frame:04d},{','.join(map(str, box))},{label + 1},0\n")
     official = metrics.ava_map(path, tmp_path / "truth.csv", evaluate.AVA_CLASSES)
     assert 0 < results["f-mAP@0.5"] == pytest.approx(official["mAP"], abs=1e-4)
+    score = found["class_prob"][:, np.array(evaluate.AVA_CLASSES) - 1]
+    row = {"video": np.array(["a", "b"])[found["video"]], "timestamp": found["frame"],
+           "box": found["box"] / dataset.table.size[found["video"]][:, [1, 0, 1, 0]]}
+    row = {name: values.repeat(score.shape[1], 0) for name, values in row.items()}
+    row |= {"score": score.ravel(), "label": np.tile(evaluate.AVA_CLASSES, len(score))}
+    every = metrics.ava_map(row, tmp_path / "truth.csv", evaluate.AVA_CLASSES, cap=None)
+    released = evaluate.score(found, dataset, replace(CONFIG, key_frame=True), "released")
+    assert released["f-mAP@0.5"] == pytest.approx(every["mAP"], abs=1e-4)
+    assert abs(released["f-mAP@0.5"] - results["f-mAP@0.5"]) > 1e-3, "the authors count all rows"
     of_class = results["per_class"]["action 7"]["f-mAP@0.5"]
     assert of_class == pytest.approx(official["AP"][8], abs=1e-3)
     assert np.isnan(results["per_class"]["action 1"]["f-mAP@0.5"]), "action id 2 is not evaluated"
