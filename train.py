@@ -456,15 +456,18 @@ def cut_to_frames(target, frames):
 
 def rates(step, steps_per_epoch, config):
     """A step's learning rates, (the backbone's, all others'): linear warm-up, then a tenth at each
-    of drop_epochs."""
+    of drop_epochs, and from decay_start on evenly down to 0 behind the last step."""
     warm_up = config.warmup_epochs * steps_per_epoch
-    drops = sum(step >= epoch * steps_per_epoch for epoch in config.drop_epochs)
+    total = config.epochs * steps_per_epoch
+    factor = 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.drop_epochs)
+    if step > config.decay_start * total:
+        factor *= (total - step) / (total - config.decay_start * total)
     of_step = []
     for rate in (config.backbone_lr, config.lr):
         if step < warm_up:
             of_step.append(config.warmup_lr + (rate - config.warmup_lr) * step / warm_up)
         else:
-            of_step.append(rate * 0.1 ** drops)
+            of_step.append(rate * factor)
     return tuple(of_step)
 
 
