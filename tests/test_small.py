@@ -47,7 +47,7 @@ def test_a_small_model_starts_with_every_class_looking_at_its_actor_but_for_the_
         share = out["attention"][0, 0, actor][..., near].sum(-1).mean(0)  # (M,) of the classes
         area = near.float().mean()
         assert share[0] > 2 * area and share[1] > 1.5 * area, "more than its share of the area"
-        assert share[3] < 1.2 * area, "a head that is not bound to the actor"
+        assert share[3] < 1.4 * area, "a head that is not bound to the actor"
 
 
 def test_anchors_are_inside_and_apart():
