@@ -6,8 +6,8 @@ features, strides 4, 8, 16, 32; ir-CSN-152 with three of its stages and a fourth
 convolutional stem for the synthetic preset, strides 8 and 16, T' = T. A backbone gives its raw
 feature maps; its neck turns them into L maps of D channels (256, synthetic 64), and starts from
 scratch and trains at the full rate. The paper has "1D convolutions" there. As in the released model
-they are 1x1x1 for CSN's three stages; its fourth map is a 3x3x3 of stride 2, and each of the ViT's
-maps has transposed convolutions or pooling before a 1x1x1 and a 3x3x3 (`ViTNeck`).
+they are 1x1x1 for CSN's three stages; its fourth map is a 3x3x3 of stride 2. The ViT's maps have a
+1x1x1 and a 3x3x3 each, behind transposed convolutions (strides 4 and 8) or pooling (32).
 
 As in the released model, the ViT does not mask padding, and a side that 16 does not divide is
 floored. The paper's multi-scale maps are "outputs from intermediate layers": three of CSN's are,

@@ -21,8 +21,11 @@ behind it. beside/ablations.py has Tables 1 to 4. Small methods (`add_...`, `com
 Sizes (model.Config): A = 15 of UCF101-24 and AVA, 5 of JHMDB; D = 256, M = 8, Y = 3 (AVA 6), 3
 convolution blocks. Names: `P` is the paper's actor positional query, of the anchor's y and x;
 `query_pos` is an MLP of all four numbers of the anchor, for the self-attention among actors and the
-first cross attention. Padding is masked in both kinds of attention; the convolution blocks use what
-the encoder left there. A logit's sigmoid is taken in model.scores, its loss in objective.py.
+first cross attention. Padding is masked in both kinds of attention here (of the class attention not
+in the benchmark presets); the convolution blocks use what the encoder left there. A logit's sigmoid
+is taken in model.scores, which multiplies it by the confidence in all presets but AVA's; its loss
+is in objective.py. Where the actor embeddings are zeros (all presets but synthetic), the first
+layer's self-attention gives all actors one vector, and so its level shares are one learned mixture.
 """
 
 # B clips, T frames, F = B*T frames of the batch, A actors, C classes, L levels, N cells (H*W), D
@@ -293,7 +296,7 @@ class ClassifyingLayer(nn.Module):
         queries = self.self_attention(queries).expand(len(z), -1, -1)  # (I, C, D)
         attention = self.class_attention_folded(queries, P, z, key_pos, padding)
         # Values are of x, the map that Sec. 4.2 gives to CDL as key and value; z, where the actor
-        # has come in, only decides where to look, so what is read there is the scene itself.
+        # has come in, only decides where to look: what is read there is the scene itself.
         value = to_heads(self.value(context), self.num_heads)  # (I, M, N, D/M)
         attended = merge_heads(self.dropout(attention).to(value.dtype) @ value)  # (I, C, D)
         attended = self.output(attended)
@@ -330,6 +333,7 @@ class Decoder(nn.Module):
 
     def add_classifier(self, classifying, dim, num_classes, logit_dropout):
         self.classifying = nn.ModuleList(classifying)
+        # Drawn by the model: Xavier-uniform, N(0, 1) in the synthetic preset.
         self.class_queries = nn.Parameter(torch.empty(num_classes, dim))
         self.class_norm = nn.LayerNorm(dim)
         self.logit_dropout = nn.Dropout(logit_dropout)
@@ -388,9 +392,11 @@ class Decoder(nn.Module):
             normed = self.norm(actors)
             boxes = self.boxes(normed, anchors)
             predictions.append({"pred_boxes": boxes, "pred_conf": self.confidence(normed)})
-            # f is detached: what classifying learns from reaches the localizing layers through x,
-            # P and the level shares alone. In trials on planted maps (tools/places.py) with f
-            # attached, these layers did the looking and class attention stayed at the actor.
+            # f is detached: through the classifying layers the class loss reaches the localizing
+            # ones by x, P and the level shares alone (and, where the score includes it, by the
+            # confidence). With f attached, in a trial on planted maps that is not in this
+            # repository, the localizing layers did the looking and class attention stayed at the
+            # actor.
             outputs.append({"f": f.detach(), "P": P, "shares": shares, "actors": normed,
                             "attention": attention})
             if self.anchor_before_norm:  # Quirk: the next anchor is read before the norm.

@@ -6,8 +6,10 @@ h, w) and with weights that a linear layer reads off the query. Then all encoded
 to the T x H x W of the third (stride 16; Config.grid_level, the synthetic preset's is the first),
 in all T frames (last paragraph of Sec. 4.1): `to_common_grid`.
 
-Sizes (model.Config): 3 layers (AVA 6), M = 8, P = 8, L = 4, D = 256; the offsets of half of the
-heads start at t + 1, in four directions (`DeformableLayer.initialise`). Values at padding are 0.
+Sizes (model.Config): 3 layers (AVA 6), M = 8, P = 8, L = 4, D = 256. Weights are a soft-max over
+the L * P points of a head. Offsets count cells of the level they look at; each head starts in one
+of four directions of (y, x), point p at p cells, and half of the heads also p time steps ahead.
+Values at padding are 0.
 
 Where the released model departs from the paper, a line is marked "Quirk" (beside/released.py lists
 them): `position_pairs`, `offset_axes` and `grid_edge` act here.
@@ -188,8 +190,8 @@ class DeformableLayer(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """Heads of the first half look at t + 1, the others at t; angles 0, 90, 180, 270 in (x,
-        y); point p at distance p."""
+        """Point p looks p cells away, at an angle of 0, 90, 180 or 270 degrees in (x, y); in the
+        first half of the heads also p time steps ahead."""
         num_heads, num_levels, num_points = self.sizes
         nn.init.zeros_(self.sampling_offsets.weight)
         nn.init.zeros_(self.attention_weights.weight)

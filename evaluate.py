@@ -16,7 +16,7 @@ metrics.py says. Nothing else in the project turns outputs into numbers.
 Detections are a dict of arrays of n rows, sorted by video, frame and query:
     video (n,) index into dataset.videos; frame (n,) number in the video; box (n, 4) x1, y1, x2, y2
     in the annotation's pixels; class_prob (n, C); conf (n,): the score of a class is
-    class_prob * conf, equal to model.scores;
+    class_prob * conf, equal to model.scores (conf is 1 where the class alone counts: AVA);
 and of the run: videos (v,) the video indices that were evaluated, video_names, classes, dataset,
 config (JSON), so that the file detections.npz says by itself what it is of.
 """
@@ -381,8 +381,8 @@ def rounded(value):
 
 
 def write_ava_csv(path, detections, dataset):
-    """The AVA_CAP best rows of each key frame as the official csv: video, timestamp, box in shares
-    of the frame, action id, score -> the path."""
+    """The AVA_CAP best rows of each key frame as the official csv, with either protocol: video,
+    timestamp, box in shares of the frame, action id, score -> the path."""
     scores = detections["class_prob"] * detections["conf"][:, None]     # (n, C)
     scores = scores[:, np.array(AVA_CLASSES) - 1]                       # (n, 60)
     frame, _ = metrics.number_frames({name: detections[name] for name in ("video", "frame")})

@@ -10,19 +10,19 @@ tied, tubes come from linking (metrics.py). Of the sum of Eq. 3,
     L_giou   1 - GIoU, matched queries only (Eq. 4's -GIoU and a constant, so that 0 is perfect)
     L_conf   binary cross entropy of the confidence against "matched"
 
-each part has a divisor of its own where Eq. 5 divides all by |T||N_a|: the class loss, a mean over
-classes, the number of frames, box and giou the number of matched pairs, the confidence the sum of
-its weights. All three are known from the targets alone (`loss_counts`), so that they can be those
-of the whole batch, over micro-batches and processes. A clip without actors has no pairs: its
-queries learn zeros, and box and giou are 0.
+Eq. 5 divides all by |T||N_a|; here each part has its own divisor. The class loss, a mean over
+classes and a sum over queries, is divided by the number of frames, box and giou by the number of
+matched pairs, the confidence loss by the sum of its weights. All three are known from the targets
+alone (`loss_counts`), so that they can be those of the whole batch, over micro-batches and
+processes. A clip without actors has no pairs: its queries learn zeros, and box and giou are 0.
 
 Besides matching and divisors, five choices are the released recipe's and not the paper's: class
 losses of matched queries count tenfold; confidence losses of the others are weighed by 0.5 (AVA
 0.1); the class loss is that of the score, class times confidence (all presets but AVA's); labels
 are smoothed (AVA: 0 is learned as .05, by unmatched queries too); and the last decoder layer alone
-has a loss (in the synthetic preset all have). Weights of the losses and of the matching costs are
-Config's loss_* and cost_*, the released recipes': class 4, L1 5, GIoU 2, confidence 3 (AVA 10, 5,
-2, 1); the paper prints none.
+has a loss (in the synthetic preset all have). Loss weights (Config.loss_*): class 4, L1 5, GIoU 2,
+confidence 3; AVA 10, 5, 2, 1. Matching costs (Config.cost_*): confidence 4 (AVA 12), L1 5, GIoU 2,
+none of the class. Both are the released recipes'; the paper prints none.
 
 A target is a dict of one clip: boxes (N, T, 4) cx, cy, w, h in [0, 1], present (N, T) bool, labels
 (N, T, C) 0 or 1, frames (T,) bool, False on temporal padding, which is ignored by every part.

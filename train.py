@@ -10,9 +10,10 @@
 of a run: its settings, its folder, signals, the seeded order of the clips.
 
 The recipes are in model.PRESETS, as released: the paper prints none of learning rates, batches and
-epochs. Stage two is the same recipe once more, with --init-transformer: encoder and decoder start
-from stage one, the backbone again from its pre-training, the neck anew. Nothing is frozen in either
-stage, CSN's BatchNorm included, but the tensors that nothing uses (beside/released.py).
+epochs, and mentions no stages; why there are two the release does not say. Stage two is the same
+recipe once more, with --init-transformer: encoder and decoder start from stage one, the backbone
+again from its pre-training, the neck anew. Nothing is frozen in either stage, CSN's BatchNorm
+included, but the tensors that nothing uses (beside/released.py).
 
 A step takes `batch_size` clips over all processes, `micro_batch` of them at a time on each. The
 divisors of the loss are summed over all of these first, so the gradient is that of one large

@@ -9,9 +9,12 @@
 Each but the last writes NAME.mp4 (every frame, at its time, without sound), NAME.png (six frames),
 tubes.json and tubes.csv; several videos have a folder each. A picture has a panel with the tubes,
 one colour an actor, and panels with the class attention maps in the colours of the actors they
-belong to: one panel a class of --classes, or a single one with each actor's best class. White
-boxes are the annotation's, where there is one. --look-from adds NAME-points.png, the sampling
-points of the encoder. Clips are read twice, one at a time: first for the tubes, then to draw.
+belong to: one panel a class of --classes, or a single one with each actor's best class. A map is
+the last layer's, the mean over heads, bilinear between cells and divided by its own maximum, so
+that brightness does not compare between maps. Half of the heads of the benchmark presets look alike
+for every class; --heads content leaves them out. White boxes are the annotation's, where there is
+one. --look-from adds NAME-points.png, the sampling points of the encoder. Clips are read twice, one
+at a time: first for the tubes, then to draw.
 
 tubes.json: {"video", "rate" (frames a second), "size" (height, width), "classes", "options",
 "actors": [{"actor" (from 1), "colour", "tubes": [{"label", "score", "frames" (k 1-based numbers),

@@ -7,7 +7,7 @@ the difference. `--set` switches them on:
     Table 2   aggregation=weighted     WeightedLevels       one learned mixture for all actors
               aggregation=mean         MeanLevels           the mean of the levels
     Table 3   class_position=False     WithoutP             no actor positional query
-    Table 4   combine=concat           Concat               of actor and context, for their sum
+    Table 4   combine=concat           Concat               actor beside context, not their sum
               combine=cross-attention  CrossAttention
               combine=self-attention   SelfAttention
 

@@ -5,7 +5,7 @@ quirk, a name in `Config.quirks`; the benchmark presets (ucf, jhmdb, ava, ava_cs
 them active, the synthetic preset none. `--set quirks=` takes the names of those to keep.
 
 What they cost was measured on the synthetic set, one active at a time, one seed, from scratch
-(docs/experiments.md), f-mAP against .751 of the model without (its three seeds: .834, .719, .715):
+(docs/experiments.md), f-mAP against .751 of the model without (its three seeds: .820, .719, .715):
 offset_axes .791, three_way_confidence .718, bare_output .818, split_heads .752 (detail .682 against
 .812). Not yet: grid_edge, anchor_before_norm, shared_block. The other three change nothing there.
 
@@ -41,7 +41,7 @@ What else the released model does, and this project as well, in all presets unle
 named. Lines with (!) are against what the paper prints, the others where it is silent:
 
 objective.py
-    - The cross entropy of matched queries counts 10 times in the class loss.
+    - (!) Matched queries count 10 times in the class loss; Eq. 3 weighs all queries alike.
     - The class loss of AVA has label smoothing of 0.1 (label_smoothing), (!) on unmatched queries
       too, whose labels Eq. 3 has at 0.
     - (!) UCF and JHMDB learn the product of class and confidence, its gradient flowing into both;
@@ -62,22 +62,25 @@ encoder.py
     - A query is features + position table (a quarter of the channels for t, three eighths each for
       y and x) + a level embedding; the value is zero at padding.
     - An offset counts cells of the level it samples, from the cell's own relative place; samples
-      outside are zero. Half of the heads start at t + 1, at angles of 0, 90, 180, 270 degrees,
-      point p at distance p.
+      outside are zero. Point p of a head starts p cells away, at 0, 90, 180 or 270 degrees, and in
+      half of the heads also p time steps ahead.
     - The common grid is the third map's H x W (grid_level), by trilinear interpolation.
 decoder.py
-    - The actor embeddings AE start as zeros that are not learned; each layer refines them.
+    - (!) The actor embeddings AE are zeros and not learned; each layer refines them. (Sec. 4.2:
+      learnable queries.) So the first layer's self-attention, whose values are of AE alone, gives
+      every actor the same vector: its level shares and the size that P asks for are constants.
     - (!) Level shares are a soft-max read off the embedding behind the self-attention (Sec. 4.2:
       off AE); scale and modulation of P off the layer's input; x is a LayerNorm of the mixture.
     - P is of the anchor's y and x alone; height and width enter by the modulation and by the query
       position.
     - Heads, the LayerNorm before them and the anchors' MLPs are shared by all layers; the next
       layer's anchor is detached.
-    - z is convolved from LayerNorm(f + x), f behind its feed-forward.
+    - (!) f is taken in front of its layer's feed-forward, where Sec. 4.2 has the layer's output. It
+      passes a feed-forward and a norm of the classifying layer before it meets x: z is convolved
+      from LayerNorm(f + x).
     - f is detached in front of the classifying layers; x, P and the level shares are not: through
       them the classes tell the localizing layers what to gather.
-    - f is taken before its layer's feed-forward; the classifying layer has one of its own. (!) Box
-      and confidence are read behind the feed-forward, not off f_i.
+    - Box and confidence are read behind the localizing layer's feed-forward.
     - Class queries attend to each other before they look, without projections of query, key and
       value; the text of Sec. 4.2 names the cross attention only.
     - The value of the class attention is of x, its keys are of z.
@@ -101,15 +104,17 @@ model.py
       needs is computed here); its key positions are row (T // 2) mod T'.
     - Every matrix of encoder and decoder starts Xavier-uniform, class queries too; the level
       embedding is N(0, 1), the box head's last layer zero.
-    - AVA's score is the class alone; the confidence ranks nothing there. Of the others it is class
-      times confidence.
+    - (!) The score is class times confidence, where Sec. 4.2 has the class. AVA's is the class
+      alone; the confidence ranks nothing there.
 train.py
     - Training has two stages: the second starts from the first's transformer, its class queries
       included, and again from the backbone's pre-training.
     - Weight decay is on all parameters, biases and norms included.
-metrics.py, with --protocol released
-    - AVA: all (box, class) rows of a key frame count, where the official script takes the best 50.
-    - Linking, tube IoU and recall as the table in metrics.py says.
+metrics.py
+    - (!) A query's boxes in the frames of a clip are not taken as a tube, as Sec. 4 has it: boxes of
+      all frames are linked anew, by overlap and score.
+    - With --protocol released all (box, class) rows of an AVA key frame count, where the official
+      script takes the best 50; linking, tube IoU and recall are as the table in metrics.py says.
 data.py
     - Videos are tiled by ceil(n / T) clips, in training too, the overhang split between front (the
       smaller half) and back. The first and the last frame are repeated there, and ignored by the
