@@ -111,8 +111,8 @@ train.py
       included, and again from the backbone's pre-training.
     - Weight decay is on all parameters, biases and norms included.
 metrics.py
-      script takes the best 50; linking, tube IoU and recall are as the table in metrics.py says.
-      all frames are linked anew, by overlap and score.
+    - (!) A query's boxes in the frames of a clip are not taken as a tube, as Sec. 4 has it: boxes
+      of all frames are linked anew, by overlap and score.
     - With --protocol released all (box, class) rows of an AVA key frame count, where the official
       script takes the best 50; linking, tube IoU and recall are as the table in metrics.py says.
 data.py
