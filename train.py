@@ -275,10 +275,17 @@ def train(args, out):
             evaluate_share(share)
 
     bar.close()
+    shares = None
+    if settings["dataset"] == "synthetic":      # it knows what causes a label
+        shares = visualize.attention_shares(
+            model, testing, config, device, settings["eval_share"])
     if rank == 0:
         if saved and saved["state"]["step"] == total:
             print(f"{out}: the run had ended; metrics.json has its results. --set epochs=N goes on")
         visualize.attention_sheet(model, testing, config, out / "attention.png", device)
+        if shares:
+            print(visualize.say_shares(shares))
+            evaluate.write_json(out / "attention.json", shares)
         folder.wait()
         print("wrote " + ", ".join(str(path) for path in sorted(out.iterdir())))
     if dist.is_initialized():

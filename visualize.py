@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader, Subset
 
 from beside.pictures import (
     BLACK, COLOURS, GAP, WHITE, arrange, draw_boxes, draw_labels, drawable, font, in_pairs, in_rows,
@@ -44,13 +45,13 @@ from beside.pictures import (
 from beside.released import content_heads
 from beside.sources import (AVA_CLASSES_80, JHMDB_CLASSES, UCF_CLASSES, VIDEO_SUFFIXES, not_whole,
                             video_files, video_frames, video_rate)
-from data import draw_transform, render
+from data import collate, draw_transform, render
 from evaluate import (ROWS, add_source_arguments, at_least, bar, clip_videos, default_precision,
                       find_checkpoint, load_model, open_dataset, rows, set_precision, shortest_tube,
-                      start)
+                      start, this_rank)
 from metrics import box_iou, link_tubes
 from model import scores
-from objective import cxcywh_to_xyxy
+from objective import cxcywh_to_xyxy, match
 
 SHEET_FRAMES = 6            # frames of a video that NAME.png shows
 FIGURE_WIDTH = 1152         # pixels of an attention sheet
@@ -393,6 +394,56 @@ def draw_moment(dataset, moment):
     for _, image in panels:
         draw_boxes(image, boxes, colours, letters)
     return in_rows(panels, len(panels), letters)
+
+
+def attention_shares(model, dataset, config, device, share=1.0):
+    """What the figure shows, in numbers over the data set, or a share of its clips: where the
+    attention of an actor's labels lies, for each class group: {"outside", "cause", "area"}: its
+    share outside of the actor's box; that on the cause of the actor's context label, where it has
+    one, whichever the group; and the share of the frame that this cause covers.
+
+    The last layer's maps of the queries that are matched with the actors, mean over heads; means
+    over frames, actors and labels, NaN where there is none. The data set's targets have "cause".
+    Under torch.distributed each rank takes its share of the clips and has the result of all.
+    """
+    rank, world = this_rank()
+    count = max(1, round(share * len(dataset)))
+    indices = np.linspace(0, len(dataset) - 1, count).astype(int)[rank::world].tolist()
+    groups = list(dataset.class_groups)
+    sums = np.zeros((len(groups), 3, 2))                    # of values, and how many there are
+    was_training = model.training
+    model.eval()
+    for clips, _, targets in DataLoader(Subset(dataset, indices), 8, collate_fn=collate):
+        with torch.inference_mode():
+            out = model(clips.to(device), return_attention=True)
+        attention = out["attention"].float().cpu().numpy()  # (B, T, A, C, H', W')
+        for b, t, query, n in torch.stack(match(out, targets, config), 1).tolist():
+            maps, target = attention[b, t, query], targets[b]
+            own = cover(cxcywh_to_xyxy(target["boxes"][n, t]), maps.shape[1:])
+            cause = cover(cxcywh_to_xyxy(target["cause"][n, t]), maps.shape[1:])
+            for c in target["labels"][n, t].nonzero()[:, 0].tolist():
+                of_class = maps[c] / maps[c].sum()          # sums to 1 but for rounding
+                values = np.array([1 - (of_class * own).sum(), (of_class * cause).sum(),
+                                   cause.mean()])
+                for number, group in enumerate(groups):
+                    if c in dataset.class_groups[group]:
+                        sums[number, :, 0] += np.nan_to_num(values)
+                        sums[number, :, 1] += ~np.isnan(values)
+    model.train(was_training)
+    total = torch.as_tensor(sums, dtype=torch.float32, device=device)
+    if world > 1:
+        dist.all_reduce(total)
+    means = (total[..., 0] / total[..., 1]).tolist()        # 0 / 0 is NaN
+    names = ("outside", "cause", "area")
+    return {group: dict(zip(names, row)) for group, row in zip(groups, means)}
+
+
+def say_shares(shares):
+    """`attention_shares` as a sentence."""
+    area = np.mean([of_group["area"] for of_group in shares.values()])
+    said = ", ".join(f"{group} {of_group['cause']:.3f}" for group, of_group in shares.items())
+    return ("attention of an actor's labels on what causes its context label, which covers "
+            f"{area:.3f} of the frame: {said}")
 
 
 # ---- the encoder's sampling points ----

@@ -11,10 +11,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
-from beside.synthetic import SyntheticDataset
 from conftest import ROOT
 from model import PRESETS
 from tools import experiments
@@ -66,10 +64,7 @@ def test_terminated_it_terminates_its_runs(tmp_path):
     assert not Path(f"/proc/{child}").exists()
 
 
-VALUES = {"f-mAP": 0.5, "on the cause, context": 0.1}
-
-
-def write_run(folder, row, seed, values=None, speed=10.0, **changes):
+def write_run(folder, row, seed, value=0.5, cause=0.1, speed=10.0, **changes):
     """A run that is done, with its numbers."""
     folder.mkdir(parents=True, exist_ok=True)
     config = replace(experiments.config_of(row), **changes)
@@ -78,7 +73,10 @@ def write_run(folder, row, seed, values=None, speed=10.0, **changes):
         del saved["combine"]  # as in a run of an earlier version
     (folder / "config.json").write_text(json.dumps(saved))
     (folder / "results.csv").write_text(f"epoch,step\n3,540\n{config.epochs},1800\n")
-    (folder / "measured.json").write_text(json.dumps(values or VALUES))
+    results = {"f-mAP@0.5": value, "v-mAP@0.5": value / 2, "per_group": {}}
+    (folder / "metrics.json").write_text(json.dumps(results))
+    shares = {"context": {"outside": 0.6, "cause": cause, "area": 0.05}}
+    (folder / "attention.json").write_text(json.dumps(shares))
     speeds = (0.1, speed, speed, 1.2 * speed)  # the first step waits for other things
     lines = [json.dumps({"clips_per_s": value}) for value in speeds]
     (folder / "log.jsonl").write_text("\n".join(lines))
@@ -165,19 +163,19 @@ def test_tables_have_means_with_intervals_and_differences_paired_by_seed(tmp_pat
     ours, theirs = [0.8, 0.7, 0.75, 0.5], [0.7, 0.65, 0.61]
     for seed, value in enumerate(ours):
         folder = experiments.folder_of(tmp_path, FULL, seed)
-        write_run(folder, FULL, seed, {"f-mAP": value, "on the cause, context": 0.1})
+        write_run(folder, FULL, seed, value, cause=0.1)
     for seed, value in enumerate(theirs):
         folder = experiments.folder_of(tmp_path, "without P", seed)
-        write_run(folder, "without P", seed, {"f-mAP": value, "on the cause, context": 0.2})
+        write_run(folder, "without P", seed, value, cause=0.2)
     monkeypatch.setattr(experiments, "cost", lambda config: ("1 M", "1 G"))
     page = tmp_path / "page.md"
     page.write_text(f"# Title\n\n{experiments.BEGIN}\nold\n{experiments.END}\n\n## Found\n\nProse.")
-    experiments.report(tmp_path, page, "cpu")
+    experiments.report(tmp_path, page)
     text = page.read_text()
     assert text.startswith(f"# Title\n\n{experiments.BEGIN}\n\n### Table 3")
     assert text.endswith(f"\n{experiments.END}\n\n## Found\n\nProse.") and "old" not in text
     with pytest.raises(SystemExit, match="holds no finished run"):
-        experiments.report(tmp_path / "elsewhere", page, "cpu")
+        experiments.report(tmp_path / "elsewhere", page)
     assert page.read_text() == text
     half = np.std(ours, ddof=1) / 2 * stats.t.ppf(0.975, 3)
     mean = f"{np.mean(ours):.3f} ± {half:.3f}"
@@ -185,11 +183,11 @@ def test_tables_have_means_with_intervals_and_differences_paired_by_seed(tmp_pat
     low, high = stats.ttest_rel(theirs, ours[:3]).confidence_interval(0.95)
     difference = f"{(low + high) / 2:.3f} ± {(high - low) / 2:.3f}"
     assert f"| *less the full model* |  |  |  | 0 1 2 | {difference} |" in text
-    assert "| on the cause, context |" in text and "| 0 1 2 | 0.100 ± 0.000 |" in text
+    assert "on the cause, context |" in text and "| 0 1 2 | 0.000 ± 0.000 | 0.100 ± 0.000 |" in text
     assert text.count("### Table") == 1, "a table of the full model alone says nothing"
     page.write_text("# Title")
     with pytest.raises(SystemExit, match="lacks the line"):
-        experiments.report(tmp_path, page, "cpu")
+        experiments.report(tmp_path, page)
 
 
 def test_the_page_in_the_repository_has_a_place_for_the_tables():
@@ -207,44 +205,3 @@ def test_places_are_run_and_reported_by_the_same_command(tmp_path, monkeypatch):
     page, figure = tmp_path / "docs" / "places.md", tmp_path / "docs" / "places.png"
     assert called == [(out, [1], 1), (out, page, figure)]
 
-
-
-def area(box):
-    """The share of the frame in a box cx, cy, w, h."""
-    x, y, w, h = box.tolist()
-    width = min(x + w / 2, 1) - max(x - w / 2, 0)
-    return width * (min(y + h / 2, 1) - max(y - h / 2, 0))
-
-
-def test_attention_shares_of_maps_that_are_known():
-    config = PRESETS["synthetic"]
-    dataset = SyntheticDataset(config, "val", length=24)
-    clips = [dataset[i] for i in range(24)]
-
-    def model(images, return_attention):
-        """Queries on the true boxes; own motion and context look everywhere, detail at a corner."""
-        targets = []
-        for image in images:
-            targets += [target for clip, target in clips if torch.equal(clip, image)]
-        boxes = torch.full((len(images), 8, 5, 4), 0.01)
-        for b, target in enumerate(targets):
-            boxes[b, :, :len(target["boxes"])] = target["boxes"].transpose(0, 1)
-        attention = torch.full((len(images), 8, 5, 9, 8, 12), 1 / 96)
-        attention[..., 3:6, :, :] = 0
-        attention[..., 3:6, 0, 0] = 0.9
-        return {"pred_boxes": boxes, "pred_conf": torch.zeros(boxes.shape[:3]),
-                "attention": attention}
-
-    shares = experiments.attention_shares(model, dataset, config, "cpu")
-    for group, classes in (("own motion", range(3)), ("context", range(6, 9))):
-        outside, cause = [], []
-        for _, target in clips:
-            for n, t, c in target["labels"].nonzero().tolist():
-                if c in classes:
-                    outside.append(1 - area(target["boxes"][n, t]))
-                    if not target["cause"][n, t].isnan().any():
-                        cause.append(area(target["cause"][n, t]))
-        assert shares[group]["outside"] == pytest.approx(np.mean(outside), abs=1e-4)
-        assert shares[group]["cause"] == pytest.approx(np.mean(cause), abs=1e-4)
-        assert shares[group]["area"] == pytest.approx(np.mean(cause), abs=1e-4)
-    assert shares["detail"]["outside"] > 0.9 and shares["detail"]["cause"] < 0.05

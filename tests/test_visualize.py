@@ -14,6 +14,7 @@ from torch import nn
 
 import encoder
 import visualize
+from beside.synthetic import SyntheticDataset
 from data import draw_transform, render
 from model import PRESETS, VideoActionDetector
 
@@ -322,6 +323,54 @@ def test_attention_sheet_looks_at_forty_clips_and_says_where_none_has_a_label(tm
     assert len(dataset.asked) == 40 and dataset.asked[0] == 0 and dataset.asked[-1] == 199
     assert "40 clips of labelled have no label" in capsys.readouterr().out
     assert not (tmp_path / "a.png").exists()
+
+
+def area(box):
+    """The share of the frame in a box cx, cy, w, h."""
+    x, y, w, h = box.tolist()
+    width = min(x + w / 2, 1) - max(x - w / 2, 0)
+    return width * (min(y + h / 2, 1) - max(y - h / 2, 0))
+
+
+def test_attention_shares_of_maps_that_are_known():
+    config = PRESETS["synthetic"]
+    dataset = SyntheticDataset(config, "val", length=24)
+    clips = [dataset[i] for i in range(24)]
+
+    def looks(images, return_attention):
+        """Queries on the true boxes; own motion and context look everywhere, detail at a corner."""
+        targets = []
+        for image in images:
+            targets += [target for clip, target in clips if torch.equal(clip, image)]
+        boxes = torch.full((len(images), 8, 5, 4), 0.01)
+        for b, target in enumerate(targets):
+            boxes[b, :, :len(target["boxes"])] = target["boxes"].transpose(0, 1)
+        attention = torch.full((len(images), 8, 5, 9, 8, 12), 1 / 96)
+        attention[..., 3:6, :, :] = 0
+        attention[..., 3:6, 0, 0] = 0.9
+        return {"pred_boxes": boxes, "pred_conf": torch.zeros(boxes.shape[:3]),
+                "attention": attention}
+
+    model = nn.Module()
+    model.forward = looks
+    shares = visualize.attention_shares(model, dataset, config, "cpu")
+    assert model.training, "left as it was"
+    for group, classes in (("own motion", range(3)), ("context", range(6, 9))):
+        outside, cause = [], []
+        for _, target in clips:
+            for n, t, c in target["labels"].nonzero().tolist():
+                if c in classes:
+                    outside.append(1 - area(target["boxes"][n, t]))
+                    if not target["cause"][n, t].isnan().any():
+                        cause.append(area(target["cause"][n, t]))
+        assert shares[group]["outside"] == pytest.approx(np.mean(outside), abs=1e-4)
+        assert shares[group]["cause"] == pytest.approx(np.mean(cause), abs=1e-4)
+        assert shares[group]["area"] == pytest.approx(np.mean(cause), abs=1e-4)
+    assert shares["detail"]["outside"] > 0.9 and shares["detail"]["cause"] < 0.05
+    said = visualize.say_shares(shares)
+    assert said.endswith(f"context {shares['context']['cause']:.3f}")
+    half = visualize.attention_shares(model, dataset, config, "cpu", 0.5)
+    assert 0 < abs(half["context"]["cause"] - shares["context"]["cause"]) < 0.02
 
 
 def test_training_curves_go_through_the_means_of_the_steps(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ tables share: those that are done are kept, those that are not are resumed. With
 rows run again, OUT/ROW-time-seedN, with as many clips as they see in the time that the full model
 takes. The tables of docs/experiments.md are then written anew from all runs that are done.
 
-`attention_shares` puts into numbers what the paper's Fig. 2 and 7 show by eye.
+Shares of attention, the paper's Fig. 2 and 7 in numbers, are those of visualize.attention_shares.
 """
 # B clips, T frames, C classes, N actors; H', W' cells of an attention map
 
@@ -31,15 +31,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import stats
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import evaluate
-from data import build_dataset, collate
 from model import PRESETS, QUIRKS, Config, VideoActionDetector, config_from_dict, override
-from objective import cxcywh_to_xyxy, match
 from tools import places
-from visualize import cover
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH = "clips_per_epoch=2880"     # ten epochs: 1,800 steps of 16 clips
@@ -193,60 +189,18 @@ def speed(folder):
 # Numbers of a run
 
 
-def attention_shares(model, dataset, config, device):
-    """Where the attention of an actor's labels lies, for each class group: {"outside", "cause",
-    "area"}: its share outside of the actor's box; that on the cause of the actor's context label,
-    where it has one, whichever the group; and the share of the frame that this cause covers.
-
-    The last layer's maps of the queries that are matched with the actors, mean over heads; means
-    over frames, actors and labels.
-    """
-    found = {group: [] for group in dataset.class_groups}
-    for clips, _, targets in DataLoader(dataset, 8, collate_fn=collate):
-        with torch.inference_mode():
-            out = model(clips.to(device), return_attention=True)
-        pairs = torch.stack(match(out, targets, config), 1).tolist()
-        for b, t, query, n in pairs:
-            target = targets[b]
-            maps = out["attention"][b, t, query].cpu().numpy()  # (C, H', W')
-            own = cover(cxcywh_to_xyxy(target["boxes"][n, t]), maps.shape[1:])
-            cause = cover(cxcywh_to_xyxy(target["cause"][n, t]), maps.shape[1:])
-            for group, classes in dataset.class_groups.items():
-                for c in classes:
-                    if target["labels"][n, t, c]:
-                        share = maps[c] / maps[c].sum()  # sums to 1 but for rounding
-                        on_cause = (share * cause).sum()
-                        found[group].append((1 - (share * own).sum(), on_cause, cause.mean()))
-    shares = {}
-    for group, rows in found.items():
-        rows = np.array(rows).reshape(-1, 3)
-        means = np.full(3, np.nan)
-        for column in range(3):
-            known = rows[~np.isnan(rows[:, column]), column]
-            if len(known):
-                means[column] = known.mean()
-        shares[group] = dict(zip(("outside", "cause", "area"), means.tolist()))
-    return shares
-
-
-def measure(folder, device):
-    """The numbers of a run that is done, {column: value}; kept in its folder."""
-    path = folder / "measured.json"
-    if path.is_file():
-        return json.loads(path.read_text())
+def measure(folder):
+    """The numbers of a run that is done, {column: value}."""
     results = json.loads((folder / "metrics.json").read_text())
     values = {"f-mAP": results["f-mAP@0.5"]}
     for group, of_group in results["per_group"].items():
         values[group] = of_group["f-mAP@0.5"]
     values["v-mAP"] = results["v-mAP@0.5"]
-    model, config, _ = evaluate.load_model(folder / "last.pt", (), device)
-    dataset = build_dataset("synthetic", None, "val", config)
-    shares = attention_shares(model, dataset, config, device)
+    shares = json.loads((folder / "attention.json").read_text())
     for group, share in shares.items():
         values[f"outside of the box, {group}"] = share["outside"]
     for group, share in shares.items():
         values[f"on the cause, {group}"] = share["cause"]
-    path.write_text(json.dumps(values))
     return values
 
 
@@ -299,7 +253,7 @@ def table_lines(rows, numbers, costs, columns):
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def tables(out, kind, said, device):
+def tables(out, kind, said):
     """The lines of all tables of which a row beside the full model is done."""
     lines = []
     for table, (title, _, rows) in TABLES.items():
@@ -309,7 +263,7 @@ def tables(out, kind, said, device):
             continue
         numbers, costs = {}, {}
         for row, runs in folders.items():
-            numbers[row] = {seed: measure(folder, device) for seed, folder in runs.items()}
+            numbers[row] = {seed: measure(folder) for seed, folder in runs.items()}
             if runs:
                 costs[row] = cost(saved_config(next(iter(runs.values()))))
         columns = list(next(iter(numbers[FULL].values())))
@@ -322,10 +276,10 @@ def tables(out, kind, said, device):
     return lines
 
 
-def report(out, page, device):
+def report(out, page):
     """Writes the tables of all runs that are done between the two marks of a page."""
-    lines = tables(out, "", "the same clips", device)
-    lines += tables(out, "-time", "the same time", device)
+    lines = tables(out, "", "the same clips")
+    lines += tables(out, "-time", "the same time")
     if not lines:
         raise SystemExit(f"{out} holds no finished run of a row and of the full model: {page} "
                          "stays as it is")
@@ -387,7 +341,6 @@ def wanted_runs(args):
 
 def main(argv=None):
     args = arguments(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     count = args.jobs
     if count is None:
         count = torch.cuda.device_count() or os.cpu_count()
@@ -404,7 +357,7 @@ def main(argv=None):
     if failed:
         print(f"{len(failed)} runs failed, see the end of {', '.join(failed)}; repeat the command "
               "to resume them")
-    report(args.out, ROOT / "docs" / "experiments.md", device)
+    report(args.out, ROOT / "docs" / "experiments.md")
     return 1 if failed else 0
 
 
