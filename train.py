@@ -275,10 +275,7 @@ def train(args, out):
             evaluate_share(share)
 
     bar.close()
-    shares = None
-    if settings["dataset"] == "synthetic":      # it knows what causes a label
-        shares = visualize.attention_shares(
-            model, testing, config, device, settings["eval_share"])
+    shares = visualize.attention_shares(model, testing, config, device, settings["eval_share"])
     if rank == 0:
         if saved and saved["state"]["step"] == total:
             print(f"{out}: the run had ended; metrics.json has its results. --set epochs=N goes on")

@@ -403,9 +403,12 @@ def attention_shares(model, dataset, config, device, share=1.0):
     one, whichever the group; and the share of the frame that this cause covers.
 
     The last layer's maps of the queries that are matched with the actors, mean over heads; means
-    over frames, actors and labels, NaN where there is none. The data set's targets have "cause".
-    Under torch.distributed each rank takes its share of the clips and has the result of all.
+    over frames, actors and labels, NaN where there is none. {} for data sets whose targets do not
+    have "cause": all but the synthetic one. Under torch.distributed each rank takes its share of
+    the clips and has the result of all.
     """
+    if "cause" not in dataset[0][1]:
+        return {}
     rank, world = this_rank()
     count = max(1, round(share * len(dataset)))
     indices = np.linspace(0, len(dataset) - 1, count).astype(int)[rank::world].tolist()
