@@ -107,7 +107,7 @@ def test_the_file_in_the_repository_is_small_says_how_it_was_made_and_fits_the_s
     with safe_open(path, "pt") as file:
         said = file.metadata()
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}
-    assert said["command"] == "python -m tools.pretrain --steps 800 --seed 0"
+    assert said["command"] == "python -m tools.pretrain --steps 2000 --seed 0"
     assert said["seed"] == "0"
     model = VideoActionDetector(SYNTHETIC)
     before = model.backbone.stages[0][0].weight.clone()

@@ -6,7 +6,7 @@ with no other figure drawn: multi-label binary cross entropy, on a linear read-o
 over space of each map's mean over time. The third group, "context", cannot be told from a crop and
 is no label here. The scenes are of another seed than those of training and validation.
 
-    python -m tools.pretrain                    # weights/stem.safetensors, 193 s on a core
+    python -m tools.pretrain                    # weights/stem.safetensors, 8.5 minutes on a core
     python -m tools.pretrain --shrink runs/NAME/best.pt weights/synthetic.pt
 
 --shrink keeps of a checkpoint what evaluating and drawing need, its floats in half precision.
@@ -138,7 +138,7 @@ def shrink(checkpoint):
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=800, help=f"of {BATCH} crops each (800)")
+    parser.add_argument("--steps", type=int, default=2000, help=f"of {BATCH} crops each (2000)")
     parser.add_argument("--seed", type=int, default=0, help="of start and scenes (0)")
     parser.add_argument("--out", type=Path, default=Path("weights/stem.safetensors"),
                         metavar="FILE", help="where the weights go (weights/stem.safetensors)")
