@@ -21,8 +21,9 @@ behind it. beside/ablations.py has Tables 1 to 4. Small methods (`add_...`, `com
 Sizes (model.Config): A = 15 of UCF101-24 and AVA, 5 of JHMDB; D = 256, M = 8, Y = 3 (AVA 6), 3
 convolution blocks. Names: `P` is the paper's actor positional query, of the anchor's y and x;
 `query_pos` is an MLP of all four numbers of the anchor, for the self-attention among actors and the
-first cross attention. Padding is masked in both kinds of attention here (of the class attention not
-in the benchmark presets); the convolution blocks use what the encoder left there. A logit's sigmoid
+first cross attention. Padding is masked in the localizing layers' attention and in class attention;
+the benchmark presets leave class attention unmasked. Convolution blocks use what the encoder left
+there. Eq. 1 and 2 print one map a class; attention has M heads here, as released. A logit's sigmoid
 is taken in model.scores, which multiplies it by the confidence in all presets but AVA's; its loss
 is in objective.py. Where the actor embeddings are zeros (all presets but synthetic), the first
 layer's self-attention gives all actors one vector, and so its level shares are one learned mixture.
@@ -309,7 +310,8 @@ class Decoder(nn.Module):
     """Both kinds of layers and the heads. See `forward`.
 
     localizing, classifying: lists of Y layers each; frequencies (D/2,) of the anchors' sine
-    embedding; recompute: each classifying layer again in the backward pass.
+    embedding, 10000^(-2 floor(i/2) / (D/2)) (synthetic: 2 to .1 cycles an image), where the image
+    is 2 pi long; recompute: each classifying layer again in the backward pass.
     """
 
     def __init__(self, localizing, classifying, dim, num_queries, num_frames, num_classes,
@@ -401,7 +403,7 @@ class Decoder(nn.Module):
                             "attention": attention})
             if self.anchor_before_norm:  # Quirk: the next anchor is read before the norm.
                 boxes = self.boxes(actors, anchors)
-            anchors = boxes.detach()
+            anchors = boxes.detach()  # a box is learned by its own layer, as in DAB-DETR
         return predictions, outputs
 
     def class_predictions(self, predictions, outputs, memory, key_pos, padding, size, gate,

@@ -4,12 +4,13 @@ The L maps (B, D, T_l, H_l, W_l) of the backbone become one sequence of S = sum 
 Every cell, as a query, samples P points per head and level around its own place, at offsets in (t,
 h, w) and with weights that a linear layer reads off the query. Then all encoded maps are brought
 to the T x H x W of the third (stride 16; Config.grid_level, the synthetic preset's is the first),
-in all T frames (last paragraph of Sec. 4.1): `to_common_grid`.
+in all T frames (key-frame presets: in frame T // 2), as the last paragraph of Sec. 4.1 has it:
+`to_common_grid`.
 
 Sizes (model.Config): 3 layers (AVA 6), M = 8, P = 8, L = 4, D = 256. Weights are a soft-max over
 the L * P points of a head. Offsets count cells of the level they look at; each head starts in one
 of four directions of (y, x), point p at p cells, and half of the heads also p time steps ahead.
-Values at padding are 0.
+The quirk `offset_axes` stretches this, see `offset_scales`. Values at padding are 0.
 
 Where the released model departs from the paper, a line is marked "Quirk" (beside/released.py lists
 them): `position_pairs`, `offset_axes` and `grid_edge` act here.
@@ -125,7 +126,8 @@ def offset_scales(shapes, offset_axes, device):
     """What an offset counted in cells is in shares of its level: one over its cells, (L, 3) in (t,
     h, w).
 
-    Quirk offset_axes: an offset (t, h, w) is divided by (H, W, T)."""
+    Quirk offset_axes: an offset (t, h, w) is divided by (H, W, T), so that 1 is T/H time steps, H/W
+    rows, W/T columns."""
     cells = []
     for t, h, w in shapes:
         cells += (h, w, t) if offset_axes else (t, h, w)

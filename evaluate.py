@@ -64,7 +64,7 @@ RELEASED_RULES = {              # what makes its v-mAP another number
                     "class alone, tubes are trimmed, and a class without ground truth counts as 0",
     "released_jhmdb": "tubes are compared in space but not in time, after trimming, and a class "
                       "without ground truth counts as 0"}
-PAPER_EFFICIENCY = {            # Table 6: parameters, multiply-adds, ms
+PAPER_EFFICIENCY = {            # Table 6: parameters, "FLOPs" (ours agree as multiply-adds), ms
     "jhmdb": ("117.8M", "3.26T", "432.0"), "ucf": ("117.8M", "3.73T", "370.0")}
 
 

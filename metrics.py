@@ -2,8 +2,8 @@
 
 Boxes are x1, y1, x2, y2. Frames and videos are integers or strings.
 
-A query's boxes in the frames of a clip are not taken as a tube, as the paper has it: as in the
-released evaluation the boxes of all frames are linked anew.
+The paper takes a query's boxes in the frames of a clip as one tube. Here, as in the released
+evaluation, they are not: the boxes of all frames are linked anew.
 
 evaluate.py chooses: the 60 classes of AVA that count and how many rows of a key frame, the true
 boxes of Table 7 (--oracle), the shortest tube. Clips play no part here: each frame of a video comes

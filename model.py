@@ -11,8 +11,8 @@ are in beside/ablations.py, what the small model of the synthetic preset needs i
 `VideoActionDetector.__init__` chooses among them once.
 
 Padding of a batch of clips of several sizes is not masked in the backbone; it is 0 in the encoder's
-values and masked in the attention of both kinds of decoder layers (of the class attention not in
-benchmark presets); on the common grid and in convolutions it is used as it is.
+values and masked in the attention of localizing and classifying layers (the benchmark presets leave
+class attention unmasked); on the common grid and in convolutions it is used as it is.
 """
 
 # B clips, T frames, T' time steps of the backbone, F = B*T frames of a batch, A actors, C classes,

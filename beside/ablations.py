@@ -187,8 +187,8 @@ class MeanLevels(LocalizingLayer):
 
 class WithoutP(ClassifyingLayer):
     """Class queries and regions meet without positions: nothing tells a class where its actor is.
-    The paper does not say whether its keys keep theirs; with no position asked for, they would
-    tell nothing apart."""
+    The paper does not say whether its keys keep theirs. Here they go too: left in, a class could
+    prefer places of the frame, but not its actor's."""
 
     def add_attention_projections(self, dim):
         self.query = nn.Linear(dim, 2 * dim)

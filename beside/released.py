@@ -7,13 +7,14 @@ them active, the synthetic preset none. `--set quirks=` takes the names of those
 What they cost was measured on the synthetic set, one active at a time, one seed, from scratch
 (docs/experiments.md), f-mAP against .751 of the model without (its three seeds: .820, .719, .715):
 offset_axes .791, three_way_confidence .718, bare_output .818, split_heads .752 (detail .682 against
-.812). Not yet: grid_edge, anchor_before_norm, shared_block. The other three change nothing there.
+.812). Not yet: grid_edge, anchor_before_norm. The other four change nothing there.
 
 position_pairs (encoder.py)
     Sine and cosine of a pair of channels differ in frequency, in the tables of maps and keys; the
     anchors' embedding has the usual pairs. Without: the usual pairs everywhere.
 offset_axes (encoder.py)
-    Sampling offsets (t, h, w) are divided by (H, W, T). Without: by (T, H, W).
+    Sampling offsets (t, h, w) are divided by (H, W, T): 1 is T/H time steps, H/W rows, W/T columns.
+    Without: by (T, H, W), 1 is a cell.
 grid_edge (encoder.py)
     The outermost samples of the common grid lie half a cell outside and are halved, on all three
     axes, for the grid's own level too. Without: cell centres.
@@ -37,8 +38,9 @@ unused_tensors
     A checkpoint holds tensors that nothing uses: q_proj of every classifying layer and cls_norm of
     the decoder. They are counted in the 117.8 M, so the benchmark presets hold them, frozen.
 
-What else the released model does, and this project as well, in all presets unless a Config field is
-named. Lines with (!) are against what the paper prints, the others where it is silent:
+What else the released model does, and this project as well: in the benchmark presets, and in the
+synthetic one but for what beside/small.py and its line in model.PRESETS change. Lines with (!) are
+against what the paper prints, the others where it is silent:
 
 objective.py
     - (!) Matched queries count 10 times in the class loss; Eq. 3 weighs all queries alike.
@@ -61,9 +63,9 @@ objective.py
 encoder.py
     - A query is features + position table (a quarter of the channels for t, three eighths each for
       y and x) + a level embedding; the value is zero at padding.
-    - An offset counts cells of the level it samples, from the cell's own relative place; samples
-      outside are zero. Point p of a head starts p cells away, at 0, 90, 180 or 270 degrees, and in
-      half of the heads also p time steps ahead.
+    - But for offset_axes an offset counts cells of the level it samples, from the cell's own
+      relative place; samples outside are zero. Point p of a head starts p cells away, at 0, 90, 180
+      or 270 degrees, and in half of the heads also p time steps ahead.
     - The common grid is the third map's H x W (grid_level), by trilinear interpolation.
 decoder.py
     - (!) The actor embeddings AE are zeros and not learned; each layer refines them. (Sec. 4.2:
@@ -84,8 +86,9 @@ decoder.py
     - Class queries attend to each other before they look, without projections of query, key and
       value; the text of Sec. 4.2 names the cross attention only.
     - The value of the class attention is of x, its keys are of z.
-    - A class logit is the mean over the channels of a LayerNorm shared by all layers, with a
-      dropout of 0.5 in front of the mean.
+    - Attention has M heads; Eq. 1 and 2 print one map. What is drawn is the mean over heads.
+    - (!) A class logit is the mean over the channels of a LayerNorm shared by all layers, with a
+      dropout of 0.5 in front of the mean; Sec. 4.2 pools the class feature itself.
     - Boxes are T x A learned anchors for tubes, A for key frames, and start anywhere: N(0, 1).
     - The first layer's P has no scale; like all others it is modulated by width and height. Its
       content query and key have the box and the position added.
@@ -100,8 +103,9 @@ backbone.py
 model.py
     - Encoded features at padding are used as they are, on the common grid and by the convolutions.
     - Key positions are those of T' time steps, repeated as a block: frame t has row t mod T'.
-    - For key frames frame T // 2 of the maps interpolated to T frames is decoded (only what it
-      needs is computed here); its key positions are row (T // 2) mod T'.
+    - (!) AVA's model gives one frame, where Sec. 4 has T: frame T // 2 of the maps interpolated to
+      T frames is decoded (only what it needs is computed here); its key positions are row (T // 2)
+      mod T'.
     - Every matrix of encoder and decoder starts Xavier-uniform, class queries too; the level
       embedding is N(0, 1), the box head's last layer zero.
     - (!) The score is class times confidence, where Sec. 4.2 has the class. AVA's is the class

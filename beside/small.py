@@ -10,6 +10,8 @@ architecture:
     - actor embeddings are learned (the paper's start at zero and stay there).
 `Config.initialisation = "small"` is where training starts: an actor and each of its classes first
 look at and around the actor's own box.
+`Config.train_frames = 1` in its recipe: one frame of a clip, drawn at random, is decoded and
+supervised where Eq. 5 sums over all. Each is decoded by itself: on average the gradient is right.
 """
 
 # A actors, C classes, T frames, D channels, M heads

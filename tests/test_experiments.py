@@ -28,7 +28,7 @@ def test_every_row_is_a_config_of_its_own_and_every_table_has_the_full_model():
     for _, seeds, rows in TABLES.values():
         assert FULL in rows and set(rows) <= set(ROWS) and seeds >= 1
     assert [len(TABLES[table][2]) for table in "1234"] == [5, 3, 2, 4]
-    assert len(TABLES["quirks"][2]) == 8
+    assert len(TABLES["quirks"][2]) == 7
 
 
 @pytest.fixture(autouse=True)

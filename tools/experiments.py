@@ -67,8 +67,8 @@ TABLES = {  # title, number of seeds, rows with what the paper has for them
     "quirks": ("one quirk active, the others not", 1, {FULL: ""}),
 }
 for name in QUIRKS:
-    # The others change nothing here: no paper positions, no padding.
-    if name not in ("unused_tensors", "position_pairs", "unmasked_padding"):
+    # The others change nothing here: no such positions, no padding, one convolution block.
+    if name not in ("unused_tensors", "position_pairs", "unmasked_padding", "shared_block"):
         ROWS[f"quirk {name}"] = [f"quirks={name}"]
         TABLES["quirks"][2][f"quirk {name}"] = ""
 BEGIN = "<!-- Written by tools/experiments.py, up to the next such line. -->"
