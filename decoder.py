@@ -43,6 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from encoder import in_pieces, sine_embedding
 
 PIECE = 8  # frames whose actors' maps are held at once where no gradient is wanted
+CPU_PIECE = 2  # the same on a CPU, whose caches hold no more
 
 
 class MLP(nn.Module):
@@ -81,6 +82,11 @@ def masked_softmax(logits, padding):
     # away.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.masked_fill(padding[:, None, None], -torch.inf).softmax(-1)
+
+
+def frames_at_once(device):
+    """Entries of a piece, see encoder.in_pieces."""
+    return CPU_PIECE if device.type == "cpu" else PIECE
 
 
 class LocalizingLayer(nn.Module):
@@ -172,7 +178,8 @@ class LocalizingLayer(nn.Module):
         actors = self.self_attention(actors, query_pos)
         shares = self.level_shares(actors)
         per_frame = (actors, query_pos, P, memory, shares, key_pos, padding)
-        attended, attention = in_pieces(self.cross_attention, PIECE, *per_frame)
+        size = frames_at_once(memory.device)
+        attended, attention = in_pieces(self.cross_attention, size, *per_frame)
         f = self.norm2(actors + self.dropout(attended))
         hidden = self.dropout(F.relu(self.linear1(f)))
         return f, self.norm3(f + self.dropout(self.linear2(hidden))), shares, attention
@@ -417,7 +424,7 @@ class Decoder(nn.Module):
         if gate > 0:
             per_frame.append(predictions[-1]["pred_conf"].sigmoid() >= gate)  # keep (F, A)
         classify = partial(self.classify, size, return_attention)
-        logits, *attention = in_pieces(classify, PIECE, *per_frame)
+        logits, *attention = in_pieces(classify, frames_at_once(memory.device), *per_frame)
         for number, prediction in enumerate(predictions):
             prediction["pred_logits"] = logits[:, :, number]
         return attention[0].unflatten(-1, size) if return_attention else None
