@@ -105,24 +105,24 @@ def start_constant(mlp, bias):
 def by_place(num_heads, dim, last=1.0):
     """Projection of a position of D/2 channels each for y and x, (M, D/M, D), by which a query
     finds its own place: each head has some sine-cosine pairs of both axes, of strength 2 in the
-    first (a narrow look), evenly down to `last`, but not below 0 (bound to no place)."""
+    first (a narrow look), evenly down to `last` (0: bound to no place)."""
     pairs = torch.arange(dim).view(2, -1, num_heads, 2)  # (axis, pair of a head, M, 2)
     order = pairs.permute(2, 0, 1, 3).flatten(1)  # (M, D/M)
-    strength = torch.linspace(2, last, num_heads).clamp(min=0)  # (M,)
+    strength = torch.linspace(2, last, num_heads)  # (M,)
     return torch.eye(dim)[order] * strength[:, None, None]
 
 
 def look_at_the_actor(layer):
     """Half of each head of a classifying layer content, half position: every class first looks at
-    its actor in the first half of the heads; the others are bound to no place. With all heads
-    bound, class attention found causes far from the actor later, or not within a run."""
+    its actor, from head to head less closely; the last is bound to no place. With all heads bound,
+    class attention found causes far from the actor later, or not within a run."""
     dim, heads = layer.output.in_features, layer.num_heads
     if hasattr(layer, "query_position"):  # quirk split_heads: keys are positions as they are
         strength = torch.linspace(2, 1, heads).repeat_interleave(dim // heads)  # (D,)
         layer.query_position.weight.copy_(torch.diag(strength))
     if not hasattr(layer, "query") or layer.query.in_features == dim:  # no positions in Eq. 1
         return
-    place = by_place(heads, dim, last=-2.0)  # (M, D/M, D)
+    place = by_place(heads, dim, last=0.0)  # (M, D/M, D)
     for weight in (layer.query.weight, layer.key.weight):
         content = nn.init.xavier_uniform_(torch.empty(dim, dim)).view(heads, -1, dim)  # (M, D/M, D)
         of_content = torch.cat([content, torch.zeros_like(place)], -1)  # (M, D/M, 2D)

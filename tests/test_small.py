@@ -22,8 +22,8 @@ def test_frequencies_go_from_two_cycles_an_image_to_a_tenth():
 def test_by_place_gives_every_head_both_axes_and_finds_the_own_place():
     weight = by_place(4, 64)  # (M, D/M, D)
     assert torch.allclose(weight.amax((1, 2)), torch.tensor([2, 5 / 3, 4 / 3, 1]))
-    free = by_place(4, 64, last=-2.0)
-    assert torch.allclose(free.amax((1, 2)), torch.tensor([2, 2 / 3, 0, 0]))
+    free = by_place(4, 64, last=0.0)
+    assert torch.allclose(free.amax((1, 2)), torch.tensor([2, 4 / 3, 2 / 3, 0]))
     for head in range(4):
         channels = weight[head].sum(0).nonzero()[:, 0]
         assert (channels < 32).sum() == 8 == (channels >= 32).sum(), "eight of y, eight of x"
@@ -33,7 +33,7 @@ def test_by_place_gives_every_head_both_axes_and_finds_the_own_place():
     assert torch.equal(logits.argmax(-1), torch.arange(54).expand(4, -1))
 
 
-def test_a_small_model_starts_with_every_class_looking_at_its_actor_in_half_of_the_heads():
+def test_a_small_model_starts_with_every_class_looking_at_its_actor_but_for_the_last_head():
     torch.manual_seed(1)
     model = VideoActionDetector(PRESETS["synthetic"]).eval()
     with torch.no_grad():
@@ -46,8 +46,8 @@ def test_a_small_model_starts_with_every_class_looking_at_its_actor_in_half_of_t
         near = ((columns - x).abs() < 0.2) & ((rows - y).abs() < 0.3)
         share = out["attention"][0, 0, actor][..., near].sum(-1).mean(0)  # (M,) of the classes
         area = near.float().mean()
-        assert share[0] > 2 * area, "more than its share of the area"
-        assert share[2:].max() < 1.4 * area, "heads that are not bound to the actor"
+        assert share[0] > 2 * area and share[1] > 1.2 * area, "more than its share of the area"
+        assert share[3] < 1.4 * area, "a head that is not bound to the actor"
 
 
 def test_anchors_are_inside_and_apart():
