@@ -115,7 +115,7 @@ class Config:
     clips_per_epoch: int = 0            # clips of an epoch (0: the whole training set)
     train_frames: int = 0               # frames of a clip decoded in training (0: all)
     drop_epochs: tuple = (16,)          # the learning rates are multiplied by 0.1 at each of them
-    decay_start: float = 1.0            # share of the run from which they fall evenly to 0 (1: not)
+    decay_from: int = 0                 # epoch from which they fall evenly to 0 (0: they do not)
     warmup_epochs: float = 4.0
     warmup_lr: float = 2e-6             # the rate the linear warm-up starts from
     lr: float = 2e-4
@@ -135,8 +135,8 @@ class Config:
         if not all(isinstance(epoch, int) for epoch in self.drop_epochs):
             raise ValueError(f"drop_epochs {self.drop_epochs!r}: must be whole numbers, as in "
                              "drop_epochs=8,11")
-        if not 0 <= self.decay_start <= 1:
-            raise ValueError(f"decay_start={self.decay_start}: must be in [0, 1]")
+        if self.decay_from < 0:
+            raise ValueError(f"decay_from={self.decay_from}: must be at least 0 (0: no decay)")
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -168,7 +168,7 @@ PRESETS = {
         backbone="conv", positions="small", initialisation="small", quirks=(), loss_class=16.0,
         deep_supervision=True, jitter_hue=0, jitter_saturation=0, permute_colours=True,
         batch_size=16, micro_batch=8, epochs=10, clips_per_epoch=2240, train_frames=1,
-        drop_epochs=(), decay_start=0.4, warmup_epochs=0.4, warmup_lr=0.0, lr=1e-3,
+        drop_epochs=(), decay_from=4, warmup_epochs=0.4, warmup_lr=0.0, lr=1e-3,
         backbone_lr=3e-3, weight_decay=1e-2, adam_beta2=0.98, clip_norm=1.0, eval_every=10)}
 
 

@@ -461,12 +461,12 @@ def cut_to_frames(target, frames):
 
 def rates(step, steps_per_epoch, config):
     """A step's learning rates, (the backbone's, all others'): linear warm-up, then a tenth at each
-    of drop_epochs, and from decay_start on evenly down to 0 behind the last step."""
+    of drop_epochs, and from epoch decay_from on evenly down to 0 behind the last step."""
     warm_up = config.warmup_epochs * steps_per_epoch
-    total = config.epochs * steps_per_epoch
+    start, total = config.decay_from * steps_per_epoch, config.epochs * steps_per_epoch
     factor = 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.drop_epochs)
-    if step > config.decay_start * total:
-        factor *= (total - step) / (total - config.decay_start * total)
+    if config.decay_from and step > start:
+        factor *= (total - step) / (total - start)
     of_step = []
     for rate in (config.backbone_lr, config.lr):
         if step < warm_up:

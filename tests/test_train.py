@@ -188,14 +188,14 @@ def test_rates_warm_up_by_the_step_then_drop_to_a_tenth():
 
 
 def test_rates_fall_evenly_to_nothing_behind_the_last_step():
-    config = replace(PRESETS["synthetic"], epochs=5, decay_start=0.4, drop_epochs=(3,),
+    config = replace(PRESETS["synthetic"], epochs=5, decay_from=2, drop_epochs=(3,),
                      warmup_epochs=0.1, lr=1e-3, backbone_lr=3e-3)
     rates = [train.rates(step, 20, config) for step in range(101)]
     assert rates[2] == rates[40] == (3e-3, 1e-3)
     assert rates[50] == pytest.approx((2.5e-3, 50 / 60 * 1e-3))
     assert rates[70] == pytest.approx((1.5e-4, 5e-5)), "drop_epochs acts as well"
     assert rates[100] == (0, 0) < rates[99]
-    constant = replace(config, decay_start=1.0, drop_epochs=())
+    constant = replace(config, decay_from=0, drop_epochs=())
     assert train.rates(99, 20, constant) == (3e-3, 1e-3)
 
 
