@@ -49,7 +49,8 @@ REMOVED_FIELDS = {"schedule": "step", "lr_batch": 0}
 @dataclass(frozen=True)
 class Config:
     """Every size and switch of the model, the objective, the clips and the recipe: `--set
-    name=value`."""
+    name=value`. The paper prints no weights of losses and no recipe: those of the benchmark presets
+    are the released ones. Nothing is frozen in training."""
     # the clip
     frames: int = 32                    # T, frames of a clip
     sampling_rate: int = 1              # temporal stride, in frames of the video
@@ -91,7 +92,7 @@ class Config:
     # evaluation
     gate: float = 0.0                   # actors below this confidence are not classified
     link_score: float = 0.0             # boxes that score less are not linked (0: all are)
-    # the objective: the paper prints no weights, these are the released recipes'
+    # the objective
     cost_confidence: float = 4.0        # matching cost
     cost_box: float = 5.0
     cost_giou: float = 2.0
@@ -108,7 +109,7 @@ class Config:
     jitter_hue: int = 10                # +- of 180, cyclic
     jitter_saturation: int = 128        # +- of 255, clipped; the value (brightness) likewise
     permute_colours: bool = False       # a random order of the three colour channels (synthetic)
-    # the recipe: where the paper prints none, the released one; nothing is frozen
+    # the recipe
     batch_size: int = 8                 # clips per step, over all processes and micro-batches
     micro_batch: int = 1                # clips a process takes at once, at most
     epochs: int = 18

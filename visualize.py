@@ -420,7 +420,7 @@ def attention_shares(model, dataset, config, device, share=1.0):
         with torch.inference_mode():
             out = model(clips.to(device), return_attention=True)
         attention = out["attention"].float().cpu().numpy()  # (B, T, A, C, H', W')
-        for b, t, query, n in torch.stack(match(out, targets, config), 1).tolist():
+        for b, t, query, n in torch.stack(match(out, targets, config), 1).cpu().tolist():
             maps, target = attention[b, t, query], targets[b]
             own = cover(cxcywh_to_xyxy(target["boxes"][n, t]), maps.shape[1:])
             cause = cover(cxcywh_to_xyxy(target["cause"][n, t]), maps.shape[1:])
@@ -433,10 +433,12 @@ def attention_shares(model, dataset, config, device, share=1.0):
                         sums[number, :, 0] += np.nan_to_num(values)
                         sums[number, :, 1] += ~np.isnan(values)
     model.train(was_training)
-    total = torch.as_tensor(sums, dtype=torch.float32, device=device)
     if world > 1:
-        dist.all_reduce(total)
-    means = (total[..., 0] / total[..., 1]).tolist()        # 0 / 0 is NaN
+        of_ranks = [None] * world
+        dist.all_gather_object(of_ranks, sums)
+        sums = sum(of_ranks)
+    total, count = sums[..., 0], sums[..., 1]
+    means = np.where(count, total / count.clip(min=1), np.nan).tolist()
     names = ("outside", "cause", "area")
     return {group: dict(zip(names, row)) for group, row in zip(groups, means)}
 

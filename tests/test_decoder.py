@@ -200,7 +200,7 @@ def test_three_way_confidence_is_the_logit_of_soft_max_entry_one():
 def test_in_pieces_as_in_one(gate, monkeypatch):
     decoder, arguments = make_decoder(), inputs(frames=5)
     whole, maps = decoder(*arguments, gate=gate, return_attention=True)  # with gradients: in one
-    monkeypatch.setattr("decoder.CPU_PIECE", 2)
+    monkeypatch.setattr("decoder.PIECE", 2)
     with torch.no_grad():
         pieces, maps_in_pieces = decoder(*arguments, gate=gate, return_attention=True)
         _, heads = decoder(*arguments, gate=gate, return_attention="heads")

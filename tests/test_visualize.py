@@ -332,7 +332,7 @@ def area(box):
     return width * (min(y + h / 2, 1) - max(y - h / 2, 0))
 
 
-def test_attention_shares_of_maps_that_are_known():
+def test_attention_shares_of_maps_that_are_known(monkeypatch):
     config = PRESETS["synthetic"]
     dataset = SyntheticDataset(config, "val", length=24)
     clips = [dataset[i] for i in range(24)]
@@ -371,6 +371,19 @@ def test_attention_shares_of_maps_that_are_known():
     assert said.endswith(f"context {shares['context']['cause']:.3f}")
     half = visualize.attention_shares(model, dataset, config, "cpu", 0.5)
     assert 0 < abs(half["context"]["cause"] - shares["context"]["cause"]) < 0.02
+
+    of_ranks = []
+
+    def gather(gathered, own):
+        of_ranks.append(own)
+        gathered[:] = of_ranks
+
+    monkeypatch.setattr(visualize.dist, "all_gather_object", gather)
+    for rank in (0, 1):
+        monkeypatch.setattr(visualize, "this_rank", lambda rank=rank: (rank, 2))
+        of_both = visualize.attention_shares(model, dataset, config, "cpu")
+    for group in shares:
+        assert of_both[group] == pytest.approx(shares[group]), "two ranks have what one has"
 
 
 def test_training_curves_go_through_the_means_of_the_steps(tmp_path, monkeypatch):
