@@ -43,7 +43,6 @@ from torch.utils.checkpoint import checkpoint
 from encoder import in_pieces, sine_embedding
 
 PIECE = 8  # frames whose actors' maps are held at once where no gradient is wanted
-CPU_PAIRS = 30  # (frame, actor) pairs of these on a CPU, whose caches hold no more
 
 
 class MLP(nn.Module):
@@ -82,13 +81,6 @@ def masked_softmax(logits, padding):
     # away.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.masked_fill(padding[:, None, None], -torch.inf).softmax(-1)
-
-
-def frames_at_once(actors):
-    """Frames of a piece, see encoder.in_pieces, by the actors (F, A, D)."""
-    if actors.is_cuda:
-        return PIECE
-    return min(PIECE, max(1, CPU_PAIRS // actors.shape[1]))
 
 
 class LocalizingLayer(nn.Module):
@@ -180,8 +172,7 @@ class LocalizingLayer(nn.Module):
         actors = self.self_attention(actors, query_pos)
         shares = self.level_shares(actors)
         per_frame = (actors, query_pos, P, memory, shares, key_pos, padding)
-        size = frames_at_once(actors)
-        attended, attention = in_pieces(self.cross_attention, size, *per_frame)
+        attended, attention = in_pieces(self.cross_attention, PIECE, *per_frame)
         f = self.norm2(actors + self.dropout(attended))
         hidden = self.dropout(F.relu(self.linear1(f)))
         return f, self.norm3(f + self.dropout(self.linear2(hidden))), shares, attention
@@ -426,7 +417,7 @@ class Decoder(nn.Module):
         if gate > 0:
             per_frame.append(predictions[-1]["pred_conf"].sigmoid() >= gate)  # keep (F, A)
         classify = partial(self.classify, size, return_attention)
-        logits, *attention = in_pieces(classify, frames_at_once(outputs[-1]["actors"]), *per_frame)
+        logits, *attention = in_pieces(classify, PIECE, *per_frame)
         for number, prediction in enumerate(predictions):
             prediction["pred_logits"] = logits[:, :, number]
         return attention[0].unflatten(-1, size) if return_attention else None
