@@ -232,7 +232,8 @@ class DeformableLayer(nn.Module):
             offsets, logits = self.sampling_offsets_and_logits(x + positions)
             attended = deform_attn_3d_fused(value, shapes, references, offsets, logits, scales)
             x = self.norm1(x + self.dropout(self.output_proj(attended)))
-            hidden = self.dropout(F.relu(self.linear1(x)))
+            # in place: the layer's largest tensor is there once
+            hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
             return (self.norm2(x + self.dropout(self.linear2(hidden))),)  # (B, Q, D)
 
         queries = [at_steps(part, shapes, steps) for part in (x, positions, references)]
