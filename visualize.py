@@ -413,6 +413,8 @@ def attention_shares(model, dataset, config, device, share=1.0):
     count = max(1, round(share * len(dataset)))
     indices = np.linspace(0, len(dataset) - 1, count).astype(int)[rank::world].tolist()
     groups = list(dataset.class_groups)
+    group_of = {c: number for number, group in enumerate(groups)
+                for c in dataset.class_groups[group]}
     sums = np.zeros((len(groups), 3, 2))                    # of values, and how many there are
     was_training = model.training
     model.eval()
@@ -428,10 +430,8 @@ def attention_shares(model, dataset, config, device, share=1.0):
                 of_class = maps[c] / maps[c].sum()          # sums to 1 but for rounding
                 values = np.array([1 - (of_class * own).sum(), (of_class * cause).sum(),
                                    cause.mean()])
-                for number, group in enumerate(groups):
-                    if c in dataset.class_groups[group]:
-                        sums[number, :, 0] += np.nan_to_num(values)
-                        sums[number, :, 1] += ~np.isnan(values)
+                sums[group_of[c], :, 0] += np.nan_to_num(values)
+                sums[group_of[c], :, 1] += ~np.isnan(values)
     model.train(was_training)
     if world > 1:
         of_ranks = [None] * world

@@ -140,6 +140,14 @@ def test_runs_are_shared_kept_when_done_and_resumed_when_broken_off(tmp_path, pr
         run(tmp_path, "--table", "2", "--set", "dim=128")
 
 
+def test_a_run_that_did_not_come_to_write_its_shares_is_not_done(tmp_path):
+    folder = experiments.folder_of(tmp_path, FULL, 0)
+    write_run(folder, FULL, 0)
+    assert experiments.is_done(folder)
+    (folder / "attention.json").unlink()
+    assert not experiments.is_done(folder)
+
+
 def test_runs_of_the_same_time_see_as_many_clips_as_their_speed_allows(tmp_path, pretended):
     with pytest.raises(SystemExit, match="run the command without it first"):
         run(tmp_path, "--table", "2", "--seeds", "0", "--same-time")

@@ -121,7 +121,8 @@ def is_done(folder, config=None):
         return False
     with open(folder / "results.csv", newline="") as file:
         evaluations = list(csv.DictReader(file))
-    return int(evaluations[-1]["epoch"]) == saved.epochs
+    whole = int(evaluations[-1]["epoch"]) == saved.epochs
+    return whole and (folder / "attention.json").is_file()     # the last that a run writes
 
 
 def train_one(job, slots, running):
