@@ -2,16 +2,17 @@
 
 The paper's backbones come pre-trained on action classification, and so does the synthetic preset's
 stem. It learns which classes of "own motion" and "detail" a figure shows, from a crop around it
-with no other figure drawn: multi-label binary cross entropy, on a linear read-out of the maximum
-over space of each map's mean over time. The third group, "context", cannot be told from a crop and
-is no label here. The scenes are of another seed than those of training and validation.
+with no other figure drawn, and whether a cone or a disc lies in a crop, as Kinetics' backbones know
+objects: multi-label binary cross entropy, on a linear read-out of the maximum over space of each
+map's mean over time. The third group, "context", is who points at what: it cannot be told from a
+crop and is no label here. The scenes are of another seed than those of training and validation.
 
-    python -m tools.pretrain                    # weights/stem.safetensors, 8.5 minutes on a core
+    python -m tools.pretrain                    # weights/stem.safetensors, 7.5 minutes on a core
     python -m tools.pretrain --shrink runs/NAME/best.pt weights/synthetic.pt
 
 --shrink keeps of a checkpoint what evaluating and drawing need, its floats in half precision.
 """
-# B crops, T frames, S pixels of a crop's side, C classes of the two groups
+# B crops, T frames, S pixels of a crop's side, C labels: classes of the two groups, kinds of things
 
 import argparse
 import sys
@@ -31,6 +32,9 @@ from beside.synthetic import CLASS_GROUPS, HEIGHT, WIDTH, SyntheticDataset, draw
 from model import PRESETS
 
 GROUPS = ("own motion", "detail")
+CLASSES = [c for group in GROUPS for c in CLASS_GROUPS[group]]
+KINDS = ("cone", "disc")
+SUBJECTS = {**{group: len(CLASS_GROUPS[group]) for group in GROUPS}, "things": len(KINDS)}
 FIRST_SEED = 100    # of the scenes, --seed is added; training and validation have 0
 CROP = 48           # S; a figure is 24 to 36 pixels tall
 BATCH, RATE = 24, 3e-3
@@ -44,7 +48,7 @@ class Pupil(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = ConvStem()
-        self.read_out = nn.LazyLinear(sum(len(CLASS_GROUPS[group]) for group in GROUPS))
+        self.read_out = nn.LazyLinear(sum(SUBJECTS.values()))
 
     def forward(self, crops):
         strongest = [x.mean(2).amax((2, 3)) for x in self.stem(crops)]  # (B, channels) of each map
@@ -52,18 +56,38 @@ class Pupil(nn.Module):
 
 
 def crops_of(scene):
-    """Of each actor that is present, drawn without the others: a crop (3, T, S, S) uint8 around its
-    mean place, pushed into the frame, and which classes it shows in some frame, (C,) float."""
-    classes = [c for group in GROUPS for c in CLASS_GROUPS[group]]
+    """Of each actor that is present, drawn without the others, and of the first thing that is in
+    the frame, drawn without actors: a crop (3, T, S, S) uint8 around its mean place, pushed into
+    the frame, and what the crop shows in some frame, (C,) float: classes of the actor, none where
+    there is no actor, and kinds of things."""
     for actor in scene["actors"]:
-        if not actor["present"].any():
-            continue
-        x1, y1, x2, y2 = actor["box"][actor["present"]].mean(0)
-        left = int(np.clip((x1 + x2 - CROP) / 2, 0, WIDTH - CROP))
-        top = int(np.clip((y1 + y2 - CROP) / 2, 0, HEIGHT - CROP))
-        clip = draw({**scene, "actors": [actor]})  # (T, H, W, 3)
-        crop = clip[:, top:top + CROP, left:left + CROP].transpose(3, 0, 1, 2)
-        yield torch.from_numpy(crop.copy()), torch.from_numpy(actor["seen"][:, classes].max(0))
+        if actor["present"].any():
+            x1, y1, x2, y2 = actor["box"][actor["present"]].mean(0)
+            middle = (x1 + x2) / 2, (y1 + y2) / 2
+            alone = {**scene, "actors": [actor]}
+            yield crop_around(middle, alone, actor["seen"][:, CLASSES].max(0))
+    for thing in scene["things"]:
+        path = thing["path"]  # (T,)
+        path = path[(0 < path.real) & (path.real < WIDTH) & (0 < path.imag) & (path.imag < HEIGHT)]
+        if len(path):
+            middle = path.mean().real, path.mean().imag
+            nobody = {**scene, "actors": []}
+            yield crop_around(middle, nobody, np.zeros(len(CLASSES), np.float32))
+            return
+
+
+def crop_around(middle, scene, seen):
+    """The crop of a scene around `middle` (x, y) and its labels: `seen`, then of each kind whether
+    the middle of such a thing is in the crop in some frame."""
+    left = int(np.clip(middle[0] - CROP / 2, 0, WIDTH - CROP))
+    top = int(np.clip(middle[1] - CROP / 2, 0, HEIGHT - CROP))
+    crop = draw(scene)[:, top:top + CROP, left:left + CROP].transpose(3, 0, 1, 2)
+    inside = np.zeros(len(KINDS), np.float32)
+    for thing in scene["things"]:
+        x, y = thing["path"].real - left, thing["path"].imag - top
+        if ((0 < x) & (x < CROP) & (0 < y) & (y < CROP)).any():
+            inside[KINDS.index(thing["kind"])] = 1
+    return torch.from_numpy(crop.copy()), torch.from_numpy(np.concatenate([seen, inside]))
 
 
 def batches(dataset, size):
@@ -80,13 +104,13 @@ def batches(dataset, size):
 
 @torch.no_grad()
 def examine(pupil, crops, labels):
-    """{group: binary cross entropy}."""
+    """{group, or "things": binary cross entropy}."""
     pupil.eval()
     logits = torch.cat([pupil(part) for part in crops.split(BATCH)])
     losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(0)  # (C,)
     pupil.train()
-    parts = losses.split([len(CLASS_GROUPS[group]) for group in GROUPS])
-    return {group: float(part.mean()) for group, part in zip(GROUPS, parts)}
+    parts = losses.split(list(SUBJECTS.values()))
+    return {subject: float(part.mean()) for subject, part in zip(SUBJECTS, parts)}
 
 
 def pretrain(steps, seed, held_out=HELD_OUT):
@@ -159,7 +183,7 @@ def main(argv=None):
         return
     begun = time.monotonic()
     stem, losses = pretrain(args.steps, args.seed)
-    reached = ", ".join(f"{group} {loss:.3f}" for group, loss in losses.items())
+    reached = ", ".join(f"{subject} {loss:.3f}" for subject, loss in losses.items())
     print(f"{time.monotonic() - begun:.0f} s; binary cross entropy on {HELD_OUT} crops of scenes "
           f"that were not trained on: {reached}")
     tensors = {}
