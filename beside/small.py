@@ -120,7 +120,7 @@ def look_at_the_actor(layer):
     """Half of each head of a classifying layer content, half position: every class first looks at
     its actor, from head to head less closely. In trials such heads moved on to causes far from the
     actor, sooner than heads of content alone, and than four that were bound as closely. What is of
-    the class in a query is doubled: else whole heads moved, for all classes alike."""
+    the class in a query counts three times: else whole heads moved, for all classes alike."""
     dim, heads = layer.output.in_features, layer.num_heads
     if hasattr(layer, "query_position"):  # quirk split_heads: keys are positions as they are
         strength = torch.linspace(2, 1, heads).repeat_interleave(dim // heads)  # (D,)
@@ -133,4 +133,4 @@ def look_at_the_actor(layer):
         of_content = torch.cat([content, torch.zeros_like(place)], -1)  # (M, D/M, 2D)
         of_place = torch.cat([torch.zeros_like(content), place], -1)  # (M, D/M, 2D)
         weight.copy_(torch.cat([of_content, of_place], 1).flatten(0, 1))  # (M * 2D/M, 2D)
-    layer.query.weight[:, :dim].mul_(2)
+    layer.query.weight[:, :dim].mul_(3)
