@@ -85,7 +85,8 @@ def initialise_small(model):
         start_constant(decoder.query_scale, torch.ones(()))
     for layer in decoder.localizing:
         for projection in (layer.cross_query_position, layer.cross_key_position):
-            projection.weight.copy_(by_place(layer.num_heads, projection.in_features).flatten(0, 1))
+            strengths = torch.linspace(2, 1, layer.num_heads)  # (M,)
+            projection.weight.copy_(by_place(strengths, projection.in_features).flatten(0, 1))
             nn.init.zeros_(projection.bias)
     for layer in getattr(decoder, "classifying", ()):
         look_at_the_actor(layer)
@@ -106,31 +107,32 @@ def start_constant(mlp, bias):
     mlp.layers[-1].bias.copy_(bias)
 
 
-def by_place(num_heads, dim, last=1.0):
+def by_place(strengths, dim):
     """Projection of a position of D/2 channels each for y and x, (M, D/M, D), by which a query
-    finds its own place: each head has some sine-cosine pairs of both axes, of strength 2 in the
-    first (a narrow look), evenly down to `last`."""
-    pairs = torch.arange(dim).view(2, -1, num_heads, 2)  # (axis, pair of a head, M, 2)
+    finds its own place: each of M heads has some sine-cosine pairs of both axes, the first the
+    finest, of its strength: 2 is a narrow look, 1 a wide one."""
+    pairs = torch.arange(dim).view(2, -1, len(strengths), 2)  # (axis, pair of a head, M, 2)
     order = pairs.permute(2, 0, 1, 3).flatten(1)  # (M, D/M)
-    strength = torch.linspace(2, last, num_heads)  # (M,)
-    return torch.eye(dim)[order] * strength[:, None, None]
+    return torch.eye(dim)[order] * torch.as_tensor(strengths)[:, None, None]
 
 
 def look_at_the_actor(layer):
     """Half of each head of a classifying layer content, half position: every class first looks at
-    its actor, from head to head less closely. In trials such heads moved on to causes far from the
-    actor, sooner than heads of content alone, and than four that were bound as closely. What is of
-    the class in a query counts three times: else whole heads moved, for all classes alike."""
+    its actor, the later a head the closer. In trials the loose heads of fine positions moved on to
+    causes far from the actor, sooner than heads of content alone; those bound closely stayed. What
+    is of the class in a query is doubled: else heads moved for all classes alike."""
     dim, heads = layer.output.in_features, layer.num_heads
     if hasattr(layer, "query_position"):  # quirk split_heads: keys are positions as they are
         strength = torch.linspace(2, 1, heads).repeat_interleave(dim // heads)  # (D,)
         layer.query_position.weight.copy_(torch.diag(strength))
     if not hasattr(layer, "query") or layer.query.in_features == dim:  # no positions in Eq. 1
         return
-    place = by_place(heads, dim, last=0.5)  # (M, D/M, D)
+    loose = (heads + 1) // 2
+    strengths = torch.cat([torch.full((loose,), 1.4), torch.linspace(2, 3, heads - loose)])  # (M,)
+    place = by_place(strengths, dim)  # (M, D/M, D)
     for weight in (layer.query.weight, layer.key.weight):
         content = nn.init.xavier_uniform_(torch.empty(dim, dim)).view(heads, -1, dim)  # (M, D/M, D)
         of_content = torch.cat([content, torch.zeros_like(place)], -1)  # (M, D/M, 2D)
         of_place = torch.cat([torch.zeros_like(content), place], -1)  # (M, D/M, 2D)
         weight.copy_(torch.cat([of_content, of_place], 1).flatten(0, 1))  # (M * 2D/M, 2D)
-    layer.query.weight[:, :dim].mul_(3)
+    layer.query.weight[:, :dim].mul_(2)

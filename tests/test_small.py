@@ -20,10 +20,9 @@ def test_frequencies_go_from_two_cycles_an_image_to_a_tenth():
 
 
 def test_by_place_gives_every_head_both_axes_and_finds_the_own_place():
-    weight = by_place(4, 64)  # (M, D/M, D)
-    assert torch.allclose(weight.amax((1, 2)), torch.tensor([2, 5 / 3, 4 / 3, 1]))
-    loose = by_place(4, 64, last=0.5)
-    assert torch.allclose(loose.amax((1, 2)), torch.tensor([2, 1.5, 1, 0.5]))
+    strengths = torch.tensor([2, 5 / 3, 4 / 3, 1])
+    weight = by_place(strengths, 64)  # (M, D/M, D)
+    assert torch.equal(weight.amax((1, 2)), strengths)
     for head in range(4):
         channels = weight[head].sum(0).nonzero()[:, 0]
         assert (channels < 32).sum() == 8 == (channels >= 32).sum(), "eight of y, eight of x"
@@ -33,7 +32,7 @@ def test_by_place_gives_every_head_both_axes_and_finds_the_own_place():
     assert torch.equal(logits.argmax(-1), torch.arange(54).expand(4, -1))
 
 
-def test_a_small_model_starts_with_every_class_looking_at_its_actor_each_head_less_closely():
+def test_a_small_model_starts_with_every_class_looking_at_its_actor_later_heads_more_closely():
     torch.manual_seed(1)
     model = VideoActionDetector(PRESETS["synthetic"]).eval()
     with torch.no_grad():
@@ -48,18 +47,17 @@ def test_a_small_model_starts_with_every_class_looking_at_its_actor_each_head_le
         share = out["attention"][0, 0, actor][..., near].sum(-1).mean(0)  # (M,) of the classes
         times_area.append(share / near.float().mean())
     times_area = torch.stack(times_area)  # (A, M): 1 is a look that is bound to no place
-    assert (times_area[:, 0] > 1.7).all()
     means = times_area.mean(0)
-    assert means[0] > means[1] > means[2] > means[3] > 0.7
+    assert (times_area[:, 3] > 2).all() and means[:3].min() > 1.2 and means.argmax() == 3
 
 
-def test_what_is_of_the_class_counts_three_times_in_the_queries_of_the_class_heads_alone():
+def test_what_is_of_the_class_is_doubled_in_the_queries_of_the_class_heads_alone():
     torch.manual_seed(0)
     model = VideoActionDetector(PRESETS["synthetic"])
     for layer in model.decoder.classifying:
         query, key = (weight.view(4, 32, 128) for weight in (layer.query.weight, layer.key.weight))
         bound = (6 / 128) ** 0.5  # Xavier's of 64 channels to 64
-        assert 2.7 * bound < query[:, :16, :64].abs().max() <= 3.001 * bound
+        assert 1.8 * bound < query[:, :16, :64].abs().max() <= 2.001 * bound
         assert 0.9 * bound < key[:, :16, :64].abs().max() <= 1.001 * bound
         assert torch.equal(query[:, 16:], key[:, 16:]), "the place is as in the keys"
 
