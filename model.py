@@ -121,6 +121,7 @@ class Config:
     warmup_lr: float = 2e-6             # the rate the linear warm-up starts from
     lr: float = 2e-4
     backbone_lr: float = 2e-5           # of the pre-trained backbone alone; its neck learns at lr
+    offset_rate: float = 1.0            # of the encoder's sampling offsets, times lr
     weight_decay: float = 2e-4
     adam_beta2: float = 0.999
     clip_norm: float = 0.1              # of the gradient, over all parameters
@@ -168,9 +169,10 @@ PRESETS = {
         grid_level=0, dim_feedforward=256, dropout=0.0, logit_dropout=0.0, conv_blocks=1,
         backbone="conv", positions="small", initialisation="small", quirks=(), loss_class=16.0,
         deep_supervision=True, jitter_hue=0, jitter_saturation=0, permute_colours=True,
-        batch_size=16, micro_batch=8, epochs=10, clips_per_epoch=2400, train_frames=1,
+        batch_size=16, micro_batch=8, epochs=10, clips_per_epoch=2240, train_frames=1,
         drop_epochs=(), decay_from=4, warmup_epochs=0.4, warmup_lr=0.0, lr=1e-3,
-        backbone_lr=3e-3, weight_decay=1e-2, adam_beta2=0.98, clip_norm=1.0, eval_every=10)}
+        backbone_lr=3e-3, offset_rate=0.1, weight_decay=1e-2, adam_beta2=0.98, clip_norm=1.0,
+        eval_every=10)}
 
 
 def override(config, assignments):

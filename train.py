@@ -200,7 +200,8 @@ def train(args, out):
         kept = [buffer.clone() for buffer in statistics]
 
         # A step: forward, loss and backward of each micro-batch, then the optimizer
-        set_rates(optimizer, rates(step, steps_per_epoch, config))
+        backbone_lr, lr = rates(step, steps_per_epoch, config)
+        set_rates(optimizer, (backbone_lr, lr, config.offset_rate * lr))
         counts = sum(loss_counts(targets, config) for _, _, targets, _ in micro)            # (3,)
         counts = all_sum(counts.to(device, non_blocking=True))
         losses = []
@@ -237,7 +238,6 @@ def train(args, out):
         # Log
         now = time.monotonic()
         state["seconds"] = now - begun
-        backbone_lr, lr = (group["lr"] for group in optimizer.param_groups)
         taken = clips_per_epoch - step % steps_per_epoch * config.batch_size
         taken = min(config.batch_size, taken)           # clips; an epoch's last step may have fewer
         minutes = state["seconds"] / 60
@@ -407,19 +407,24 @@ def compile_parts(model):
 
 
 def make_optimizer(model, config):
-    """AdamW with the backbone's parameters as the first group; frozen ones are left out."""
-    backbone = []
-    others = []
+    """AdamW with the backbone's parameters as the first group, all others as the second; the
+    encoder's sampling offsets are a third one where they have a rate of their own. Frozen ones are
+    left out."""
+    backbone, others, offsets = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if name.startswith("backbone."):
             backbone.append(parameter)
+        elif ".sampling_offsets." in name and config.offset_rate != 1:
+            offsets.append(parameter)
         else:
             others.append(parameter)
-    return torch.optim.AdamW(
-        [{"params": backbone, "lr": config.backbone_lr}, {"params": others, "lr": config.lr}],
-        betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay, fused=True)
+    groups = [{"params": backbone, "lr": config.backbone_lr}, {"params": others, "lr": config.lr}]
+    if offsets:
+        groups.append({"params": offsets, "lr": config.offset_rate * config.lr})
+    return torch.optim.AdamW(groups, betas=(0.9, config.adam_beta2),
+                             weight_decay=config.weight_decay, fused=True)
 
 
 def batch_statistics(model):

@@ -32,7 +32,7 @@ def test_by_place_gives_every_head_both_axes_and_finds_the_own_place():
     assert torch.equal(logits.argmax(-1), torch.arange(54).expand(4, -1))
 
 
-def test_a_small_model_starts_with_every_class_looking_at_its_actor_later_heads_more_closely():
+def test_a_small_model_starts_with_every_class_looking_at_its_actor_each_head_less_closely():
     torch.manual_seed(1)
     model = VideoActionDetector(PRESETS["synthetic"]).eval()
     with torch.no_grad():
@@ -48,7 +48,8 @@ def test_a_small_model_starts_with_every_class_looking_at_its_actor_later_heads_
         times_area.append(share / near.float().mean())
     times_area = torch.stack(times_area)  # (A, M): 1 is a look that is bound to no place
     means = times_area.mean(0)
-    assert (times_area[:, 3] > 2).all() and means[:3].min() > 1.2 and means.argmax() == 3
+    assert (times_area[:, 0] > 1.7).all() and means.argmax() == 0
+    assert means[1] > 1.3 and means[2:].min() > 0.7
 
 
 def test_what_is_of_the_class_is_doubled_in_the_queries_of_the_class_heads_alone():

@@ -19,7 +19,7 @@ from torch import nn
 import train
 from beside import runs
 from data import collate
-from model import PRESETS, override
+from model import PRESETS, VideoActionDetector, override
 from objective import detection_loss
 
 # B clips, T frames, A actor queries, N actors of a clip, C classes
@@ -210,6 +210,20 @@ def test_the_optimizer_has_the_backbone_at_its_own_rate_and_leaves_out_what_is_f
     assert {id(p) for p in backbone["params"]} == {id(p) for p in model.backbone.parameters()}
     rest = [*model.norm.parameters(), *model.decoder.parameters()]
     assert {id(p) for p in others["params"]} == {id(p) for p in rest}
+
+
+def test_sampling_offsets_have_a_rate_of_their_own_where_it_differs():
+    model = VideoActionDetector(PRESETS["synthetic"])
+    optimizer = train.make_optimizer(model, PRESETS["synthetic"])
+    offsets = optimizer.param_groups[2]
+    layer = model.encoder.layers[0].sampling_offsets
+    assert {id(p) for p in offsets["params"]} == {id(layer.weight), id(layer.bias)}
+    assert offsets["lr"] == pytest.approx(1e-4)
+    train.set_rates(optimizer, (3, 2, 0.2))
+    assert [group["lr"] for group in optimizer.param_groups] == [3, 2, 0.2]
+    plain = replace(PRESETS["synthetic"], offset_rate=1.0)
+    _, others = train.make_optimizer(model, plain).param_groups
+    assert {id(layer.weight), id(layer.bias)} < {id(p) for p in others["params"]}
 
 
 def test_batches_are_cut_to_the_frames_that_are_drawn():
