@@ -68,7 +68,8 @@ def initialise_small(model):
     # From the usual distances, up to two cells of the coarse map, the encoder brings causes to the
     # actor's cells before class attention has looked for them.
     for layer in model.encoder.layers:
-        layer.sampling_offsets.bias.mul_(0.5)
+        if hasattr(layer, "sampling_offsets"):  # not in an ordinary transformer encoder
+            layer.sampling_offsets.bias.mul_(0.5)
     decoder = model.decoder
     if hasattr(decoder, "class_head"):
         nn.init.constant_(decoder.class_head.bias, -2.0)
