@@ -8,8 +8,9 @@ architecture:
     - they are added to the maps as well: the convolutional stem knows no places;
     - the keys' positions are of space alone, laid out as the anchors' are;
     - actor embeddings are learned (the paper's start at zero and stay there).
-`Config.initialisation = "small"` is where training starts: an actor and each of its classes first
-look at and around the actor's own box, the encoder half as far as the paper's.
+`Config.initialisation = "small"` is where training starts: an actor, and each of its classes with
+half of the heads, first look at and around the actor's own box, the encoder half as far as the
+paper's.
 `Config.offset_rate = 0.1` in its recipe: the encoder's sampling offsets learn at a tenth of the
 rate, as Deformable DETR's do. At the full rate they brought causes to the actor on some seeds, and
 class attention had nothing left to look for.
@@ -114,24 +115,26 @@ def start_constant(mlp, bias):
 def by_place(strengths, dim):
     """Projection of a position of D/2 channels each for y and x, (M, D/M, D), by which a query
     finds its own place: each of M heads has some sine-cosine pairs of both axes, of its strength: 2
-    is a narrow look, 1 a wide one."""
+    is a narrow look, 0.5 a wide one."""
     pairs = torch.arange(dim).view(2, -1, len(strengths), 2)  # (axis, pair of a head, M, 2)
     order = pairs.permute(2, 0, 1, 3).flatten(1)  # (M, D/M)
     return torch.eye(dim)[order] * torch.as_tensor(strengths)[:, None, None]
 
 
 def look_at_the_actor(layer):
-    """Half of each head of a classifying layer content, half position: every class first looks at
-    its actor, from head to head less closely. In trials such heads moved on to causes far from the
-    actor, sooner than heads of content alone. What is of the class in a query is doubled: else they
-    moved for all classes alike."""
+    """Half of each head of a classifying layer content, half position: with half of the heads every
+    class first looks at its actor, the other heads are hardly bound to it. In trials these moved on
+    to causes far from the actor, sooner than heads of content alone; those stayed. What is of the
+    class in a query is doubled: else heads moved for all classes alike."""
     dim, heads = layer.output.in_features, layer.num_heads
     if hasattr(layer, "query_position"):  # quirk split_heads: keys are positions as they are
         strength = torch.linspace(2, 1, heads).repeat_interleave(dim // heads)  # (D,)
         layer.query_position.weight.copy_(torch.diag(strength))
     if not hasattr(layer, "query") or layer.query.in_features == dim:  # no positions in Eq. 1
         return
-    place = by_place(torch.linspace(2, 0.5, heads), dim)  # (M, D/M, D)
+    strengths = torch.full((heads,), 2.0)
+    strengths[(heads + 1) // 2:] = 0.5
+    place = by_place(strengths, dim)  # (M, D/M, D)
     for weight in (layer.query.weight, layer.key.weight):
         content = nn.init.xavier_uniform_(torch.empty(dim, dim)).view(heads, -1, dim)  # (M, D/M, D)
         of_content = torch.cat([content, torch.zeros_like(place)], -1)  # (M, D/M, 2D)

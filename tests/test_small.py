@@ -32,7 +32,7 @@ def test_by_place_gives_every_head_both_axes_and_finds_the_own_place():
     assert torch.equal(logits.argmax(-1), torch.arange(54).expand(4, -1))
 
 
-def test_a_small_model_starts_with_every_class_looking_at_its_actor_each_head_less_closely():
+def test_a_small_model_starts_with_half_of_the_class_heads_at_the_actor_the_others_hardly_bound():
     torch.manual_seed(1)
     model = VideoActionDetector(PRESETS["synthetic"]).eval()
     with torch.no_grad():
@@ -47,9 +47,8 @@ def test_a_small_model_starts_with_every_class_looking_at_its_actor_each_head_le
         share = out["attention"][0, 0, actor][..., near].sum(-1).mean(0)  # (M,) of the classes
         times_area.append(share / near.float().mean())
     times_area = torch.stack(times_area)  # (A, M): 1 is a look that is bound to no place
-    means = times_area.mean(0)
-    assert (times_area[:, 0] > 1.7).all() and means.argmax() == 0
-    assert means[1] > 1.3 and means[2:].min() > 0.7
+    assert (times_area[:, :2] > 1.5).all() and (times_area[:, :2].mean(0) > 2).all()
+    assert (times_area[:, 2:].mean(0) > 0.8).all() and (times_area[:, 2:].mean(0) < 1.4).all()
 
 
 def test_what_is_of_the_class_is_doubled_in_the_queries_of_the_class_heads_alone():
@@ -68,6 +67,12 @@ def test_the_small_encoder_first_samples_half_as_far_as_the_papers():
                  for start in ("small", "paper"))
     offsets = [model.encoder.layers[0].sampling_offsets.bias for model in (near, far)]
     assert torch.equal(2 * offsets[0], offsets[1]) and offsets[1].max() == 2
+
+
+def test_an_ordinary_transformer_encoder_has_no_offsets_and_starts_all_the_same():
+    model = VideoActionDetector(replace(PRESETS["synthetic"], encoder="transformer"))
+    assert not any("sampling_offsets" in name for name, _ in model.named_parameters())
+    assert torch.equal(model.decoder.class_norm.bias, torch.full((64,), -2.0))
 
 
 def test_anchors_are_inside_and_apart():
