@@ -217,8 +217,8 @@ def read_value(text, kind):
 
 def config_from_dict(values):
     """Config from `dataclasses.asdict` of one, as a checkpoint or config.json holds it. Older ones
-    lack `positions`, which went with `initialisation`, and hold fields that are gone: they must
-    have their usual value."""
+    lack `positions`, which went with `initialisation`, and offset_rate, which was 1, and hold
+    fields that are gone: they must have their usual value."""
     known, given = {field.name for field in fields(Config)}, {}
     for name, value in values.items():
         if name in known:
@@ -366,6 +366,9 @@ def check_sizes(config):
     if config.dim % 16 or config.dim % unit:
         raise ValueError(f"dim={config.dim} num_heads={config.num_heads}: dim must be a multiple "
                          f"of 16 and of {unit}")
+    positional = config.decoder == "ldl+cdl" and config.class_position
+    if "split_heads" in config.quirks and positional and config.num_heads % 2:
+        raise ValueError(f"num_heads={config.num_heads}: must be even with the quirk split_heads")
     there = {"vit": 4, "csn152": 4, "conv": 2}[config.backbone]
     if not 0 <= config.grid_level < config.num_levels <= there:
         raise ValueError(f"num_levels={config.num_levels} grid_level={config.grid_level}: backbone "

@@ -465,8 +465,9 @@ def cut_to_frames(target, frames):
 
 
 def rates(step, steps_per_epoch, config):
-    """A step's learning rates, (the backbone's, all others'): linear warm-up, then a tenth at each
-    of drop_epochs, and from epoch decay_from on evenly down to 0 behind the last step."""
+    """A step's learning rates, (the backbone's, the others'): linear warm-up, then a tenth at each
+    of drop_epochs, and from epoch decay_from on evenly down to 0 behind the last step. That of
+    sampling offsets is offset_rate times the second."""
     warm_up = config.warmup_epochs * steps_per_epoch
     start, total = config.decay_from * steps_per_epoch, config.epochs * steps_per_epoch
     factor = 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.drop_epochs)
@@ -482,7 +483,8 @@ def rates(step, steps_per_epoch, config):
 
 
 def set_rates(optimizer, of_groups):
-    """Gives the optimizer's groups their learning rates."""
+    """Gives the optimizer's groups their learning rates, a third one where there is such a
+    group."""
     for group, rate in zip(optimizer.param_groups, of_groups):
         group["lr"] = rate
 

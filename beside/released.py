@@ -135,7 +135,8 @@ Where this project chose otherwise, in all presets:
       released evaluation does not (metrics.py).
     - Sampling offsets are laid out (t, h, w), there (x, y, t): turned over in loading.
     - Key positions lack the level embedding: it is the same at every cell, and no soft-max sees it.
-    - The neck learns at the full rate, only the backbone at its own (train.py).
+    - The neck learns at the full rate, only the backbone at its own; in the synthetic preset the
+      sampling offsets too (train.py).
     - The published backward pass of the sampling op is wrong (a corner's gradient takes another
       corner's weight); here it is the true gradient (deform3d_triton.py).
 """

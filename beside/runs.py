@@ -53,9 +53,10 @@ SETTINGS = {
     "dataset": "synthetic", "preset": None, "data": None, "split": None, "missing": "error",
     "fill": 0, "seed": 0, "precision": None, "compile": False, "eval_share": 1.0,
     "quick_share": None, "save_minutes": 5.0}
-# What decides which clips a step takes stays as it is when a run is resumed.
+# What decides which clips a step takes, and what the saved optimizer holds, stays as it is when a
+# run is resumed.
 KEPT_SETTINGS = ("dataset", "preset", "split", "missing", "fill", "seed")
-KEPT_FIELDS = ("batch_size", "clips_per_epoch")
+KEPT_FIELDS = ("batch_size", "clips_per_epoch", "offset_rate", "weight_decay", "adam_beta2")
 
 STEM = ROOT / "weights" / "stem.safetensors"    # the synthetic preset's backbone, pre-trained
 OF_CLASSES = ("decoder.class_queries", "decoder.class_head")    # tensors with a row for each class

@@ -8,8 +8,8 @@ architecture:
     - they are added to the maps as well: the convolutional stem knows no places;
     - the keys' positions are of space alone, laid out as the anchors' are;
     - actor embeddings are learned (the paper's start at zero and stay there).
-`Config.initialisation = "small"` is where training starts: an actor, and each of its classes with
-half of the heads, first look at and around the actor's own box, the encoder half as far as the
+`Config.initialisation = "small"` is where training starts: an actor, and half of the heads of each
+of its classes, look at and around the actor's own box; the encoder samples half as far as the
 paper's.
 `Config.offset_rate = 0.1` in its recipe: the encoder's sampling offsets learn at a tenth of the
 rate, as Deformable DETR's do. At the full rate they brought causes to the actor on some seeds, and
@@ -100,9 +100,10 @@ def initialise_small(model):
 def anchors_around(num_queries):
     """One box in the middle, the others around it, (A, 4), of a figure's size."""
     angle = 2 * torch.pi * (torch.arange(num_queries - 1) + 0.5) / max(1, num_queries - 1)
-    ring = torch.stack([0.5 + 0.45 * angle.cos(), 0.5 + 0.28 * angle.sin()], dim=-1)
+    x, y = 0.5 + 0.45 * angle.cos(), 0.5 + 0.28 * angle.sin()
+    ring = torch.stack([x, y], dim=-1)  # (A - 1, 2)
     centres = torch.cat([torch.full((1, 2), 0.5), ring])  # (A, 2)
-    size = torch.tensor([0.2, 0.48]).expand(len(centres), 2)
+    size = torch.tensor([0.2, 0.48]).expand(len(centres), 2)  # (A, 2)
     return torch.cat([centres, size], dim=-1)
 
 
@@ -122,22 +123,25 @@ def by_place(strengths, dim):
 
 
 def look_at_the_actor(layer):
-    """Half of each head of a classifying layer content, half position: with half of the heads every
-    class first looks at its actor, the other heads are hardly bound to it. In trials these moved on
-    to causes far from the actor, sooner than heads of content alone; those stayed. What is of the
-    class in a query is doubled: else heads moved for all classes alike."""
+    """Half of each head of a classifying layer is content, half position. Half of the heads start
+    close to the actor, for every class; the others are hardly bound to it. In trials the loose
+    heads moved on to causes far from the actor, sooner than heads of content alone; the close ones
+    stayed. What is of the class in a query is doubled: else heads moved for all classes alike."""
     dim, heads = layer.output.in_features, layer.num_heads
-    if hasattr(layer, "query_position"):  # quirk split_heads: keys are positions as they are
+    # Quirk split_heads: keys are positions as they are, some heads have y, the others x.
+    if hasattr(layer, "query_position"):
         strength = torch.linspace(2, 1, heads).repeat_interleave(dim // heads)  # (D,)
         layer.query_position.weight.copy_(torch.diag(strength))
-    if not hasattr(layer, "query") or layer.query.in_features == dim:  # no positions in Eq. 1
+    if not hasattr(layer, "query"):
         return
-    strengths = torch.full((heads,), 2.0)
-    strengths[(heads + 1) // 2:] = 0.5
-    place = by_place(strengths, dim)  # (M, D/M, D)
-    for weight in (layer.query.weight, layer.key.weight):
-        content = nn.init.xavier_uniform_(torch.empty(dim, dim)).view(heads, -1, dim)  # (M, D/M, D)
-        of_content = torch.cat([content, torch.zeros_like(place)], -1)  # (M, D/M, 2D)
-        of_place = torch.cat([torch.zeros_like(content), place], -1)  # (M, D/M, 2D)
-        weight.copy_(torch.cat([of_content, of_place], 1).flatten(0, 1))  # (M * 2D/M, 2D)
-    layer.query.weight[:, :dim].mul_(2)
+    if layer.query.in_features > dim:  # else there are no positions in Eq. 1 (Table 3)
+        strengths = torch.full((heads,), 2.0)  # (M,)
+        strengths[(heads + 1) // 2:] = 0.5
+        place = by_place(strengths, dim)  # (M, D/M, D)
+        for weight in (layer.query.weight, layer.key.weight):
+            content = nn.init.xavier_uniform_(torch.empty(dim, dim))
+            content = content.view(heads, -1, dim)  # (M, D/M, D)
+            of_content = torch.cat([content, torch.zeros_like(place)], -1)  # (M, D/M, 2D)
+            of_place = torch.cat([torch.zeros_like(content), place], -1)  # (M, D/M, 2D)
+            weight.copy_(torch.cat([of_content, of_place], 1).flatten(0, 1))  # (M * 2D/M, 2D)
+    layer.query.weight[:, :dim].mul_(2)  # the columns of the class query

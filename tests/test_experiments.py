@@ -1,4 +1,5 @@
-"""tools/experiments.py: which runs tables ask for, what of them is kept, tables, attention."""
+"""tools/experiments.py: which runs tables ask for, what of them is kept, tables,
+places."""
 
 import json
 import signal
@@ -212,4 +213,3 @@ def test_places_are_run_and_reported_by_the_same_command(tmp_path, monkeypatch):
     out = tmp_path / "places"
     page, figure = tmp_path / "docs" / "places.md", tmp_path / "docs" / "places.png"
     assert called == [(out, [1], 1), (out, page, figure)]
-

@@ -220,8 +220,8 @@ def test_files_that_are_no_checkpoints_are_named(tmp_path):
 
 def test_a_config_of_an_older_version_is_read_unless_it_did_what_is_gone():
     old = asdict(PRESETS["synthetic"]) | {"schedule": "step", "lr_batch": 0}
-    del old["positions"], old["checkpoint_encoder"]
-    assert config_from_dict(old) == PRESETS["synthetic"]
+    del old["positions"], old["checkpoint_encoder"], old["offset_rate"]
+    assert config_from_dict(old) == replace(PRESETS["synthetic"], offset_rate=1.0)
     with pytest.raises(ValueError, match="schedule='cosine'"):
         config_from_dict(old | {"schedule": "cosine"})
     with pytest.raises(ValueError, match="'frobs'"):

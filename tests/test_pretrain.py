@@ -169,20 +169,23 @@ def test_what_main_writes_loads_into_the_stem(tmp_path, monkeypatch, capsys):
 
 
 def test_a_shrunk_checkpoint_is_half_as_large_and_gives_the_same(tmp_path):
-    config = replace(SYNTHETIC, clips_per_epoch=320, num_queries=3)
+    config = replace(SYNTHETIC, clips_per_epoch=320, num_queries=3, drop_epochs=(4, 6),
+                     offset_rate=1.0)
     model = VideoActionDetector(config).eval()
     settings = {"dataset": "synthetic", "preset": None, "seed": 4, "data": None}
     checkpoint = {
         "model": model.state_dict(), "optimizer": {"state": torch.zeros(3_000_000)}, "step": 7,
         "config": asdict(config), "settings": settings, "dataset": "synthetic", "epoch": 2,
         "classes": ["a"] * 9, "metrics": {"f-mAP@0.5": 0.5}, "processes": 2}
-    source, out = tmp_path / "best.pt", tmp_path / "small.pt"
+    del checkpoint["config"]["offset_rate"]  # as in a run from before it was there
+    source, out = tmp_path / "best.pt", tmp_path / "new" / "small.pt"
     torch.save(checkpoint, source)
     pretrain.main(["--shrink", str(source), str(out)])
     assert out.stat().st_size < 3_000_000 < source.stat().st_size
     again, read = load_checkpoint(out)
     assert read["command"] == ("torchrun --nproc_per_node 2 train.py --dataset synthetic --seed 4 "
-                               "--set num_queries=3 clips_per_epoch=320")
+                               "--set num_queries=3 clips_per_epoch=320 drop_epochs=4,6 "
+                               "offset_rate=1.0")
     assert read["settings"]["seed"] == 4 and read["metrics"] == checkpoint["metrics"]
     assert again.config == config and read["classes"] == checkpoint["classes"]
     clips = torch.randn(1, 3, 8, 64, 96)

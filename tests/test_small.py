@@ -60,6 +60,11 @@ def test_what_is_of_the_class_is_doubled_in_the_queries_of_the_class_heads_alone
         assert 1.8 * bound < query[:, :16, :64].abs().max() <= 2.001 * bound
         assert 0.9 * bound < key[:, :16, :64].abs().max() <= 1.001 * bound
         assert torch.equal(query[:, 16:], key[:, 16:]), "the place is as in the keys"
+        assert query[:, 16:].amax((1, 2)).tolist() == [2, 2, 0.5, 0.5]
+    without_places = VideoActionDetector(replace(PRESETS["synthetic"], class_position=False))
+    for layer in without_places.decoder.classifying:
+        largest, of_keys = layer.query.weight.abs().max(), layer.key.weight.abs().max()
+        assert largest > 1.9 * of_keys
 
 
 def test_the_small_encoder_first_samples_half_as_far_as_the_papers():
@@ -83,7 +88,10 @@ def test_anchors_are_inside_and_apart():
 
 def test_the_small_start_serves_every_switch():
     for changes in (dict(decoder="ldl"), dict(decoder="detr"), dict(class_position=False),
-                    dict(decoder_layers=1), dict(quirks=("split_heads", "bare_output"))):
+                    dict(decoder_layers=1), dict(quirks=("split_heads", "bare_output")),
+                    dict(encoder="transformer"), dict(aggregation="mean"), dict(combine="concat"),
+                    dict(combine="cross-attention"), dict(combine="self-attention"),
+                    dict(dim=48, num_heads=3)):
         config = replace(PRESETS["synthetic"], **changes)
         with torch.no_grad():
             out = VideoActionDetector(config).eval()(torch.randn(1, 3, 8, 64, 96))

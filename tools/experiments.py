@@ -13,8 +13,6 @@ takes. The tables of docs/experiments.md are then written anew from all runs tha
 
 Shares of attention, the paper's Fig. 2 and 7 in numbers, are those of visualize.attention_shares.
 """
-# B clips, T frames, C classes, N actors; H', W' cells of an attention map
-
 import argparse
 import csv
 import json
@@ -314,6 +312,8 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if args.jobs is not None and args.jobs < 0:
         parser.error(f"--jobs {args.jobs}: must be at least 0")
+    if args.places and (args.set or args.same_time):
+        parser.error("--places goes with --seeds, --out and --jobs only")
     return args
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from backbone import ConvStem, normalise, open_checkpoint
 from beside.synthetic import CLASS_GROUPS, HEIGHT, WIDTH, SyntheticDataset, draw
-from model import PRESETS
+from model import PRESETS, config_from_dict
 
 GROUPS = ("own motion", "detail")
 CLASSES = [c for group in GROUPS for c in CLASS_GROUPS[group]]
@@ -84,7 +84,7 @@ def crop_around(middle, scene, seen):
     crop = draw(scene)[:, top:top + CROP, left:left + CROP].transpose(3, 0, 1, 2)
     inside = np.zeros(len(KINDS), np.float32)
     for thing in scene["things"]:
-        x, y = thing["path"].real - left, thing["path"].imag - top
+        x, y = thing["path"].real - left, thing["path"].imag - top  # (T,) each
         if ((0 < x) & (x < CROP) & (0 < y) & (y < CROP)).any():
             inside[KINDS.index(thing["kind"])] = 1
     return torch.from_numpy(crop.copy()), torch.from_numpy(np.concatenate([seen, inside]))
@@ -151,9 +151,15 @@ def shrink(checkpoint):
     settings, dataset = checkpoint["settings"], checkpoint["dataset"]
     command = f"torchrun --nproc_per_node {checkpoint['processes']} train.py --dataset {dataset}"
     command += f" --seed {settings['seed']}"
+    if settings["preset"] not in (None, dataset):
+        command += f" --preset {settings['preset']}"
     preset = asdict(PRESETS[settings["preset"] or dataset])
-    changes = [f"{name}={value}" for name, value in checkpoint["config"].items()
-               if preset[name] != value]
+    changes = []
+    for name, value in asdict(config_from_dict(checkpoint["config"])).items():
+        if value == preset[name]:
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        changes.append(f"{name}={text}")
     if changes:
         command += " --set " + " ".join(changes)
     kept = {name: checkpoint[name] for name in KEPT}
@@ -178,7 +184,9 @@ def main(argv=None):
     args = arguments(argv)
     if args.shrink:
         source, out = args.shrink
-        torch.save(shrink(open_checkpoint(source)), out)
+        small = shrink(open_checkpoint(source))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(small, out)
         print(f"wrote {out}, {out.stat().st_size / 1e6:.2f} MB")
         return
     begun = time.monotonic()

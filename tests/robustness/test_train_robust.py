@@ -280,6 +280,8 @@ def test_arguments_that_are_impossible_or_contradict_are_refused(capsys, argumen
     (["--dataset", "ucf", "--data", "x"], "--dataset ucf: this run has synthetic"),
     (["--seed", "3"], "--seed 3: this run has 0"), (["--fill", "3"], "--fill 3: this run has 0"),
     (["--set", "batch_size=8"], "batch_size=8: this run has 4"),
+    (["--set", "offset_rate=0.5"], "offset_rate=0.5: this run has 0.1"),
+    (["--set", "weight_decay=0.5"], "weight_decay=0.5: this run has 0.01"),
     (["--set", "num_queries=5"], "weights do not fit.*decoder")])
 def test_a_resumed_run_stays_what_it_was(stand_ins, tmp_path, arguments, message):
     run(tmp_path)
