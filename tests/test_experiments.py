@@ -197,6 +197,10 @@ def test_tables_have_means_with_intervals_and_differences_paired_by_seed(tmp_pat
     page.write_text("# Title")
     with pytest.raises(SystemExit, match="lacks the line"):
         experiments.report(tmp_path, page)
+    other = experiments.folder_of(tmp_path, "without P", 1)
+    write_run(other, "without P", 1, offset_rate=1.0)
+    with pytest.raises(SystemExit, match="without-P-seed1 is of another recipe"):
+        experiments.report(tmp_path, page)
 
 
 def test_the_page_in_the_repository_has_a_place_for_the_tables():

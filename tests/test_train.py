@@ -226,6 +226,16 @@ def test_sampling_offsets_have_a_rate_of_their_own_where_it_differs():
     assert {id(layer.weight), id(layer.bias)} < {id(p) for p in others["params"]}
 
 
+def test_sampling_offsets_follow_the_others_through_warm_up_and_decay(
+        stand_ins, monkeypatch, tmp_path):
+    of_steps = []
+    monkeypatch.setattr(train, "set_rates", lambda optimizer, given: of_steps.append(given))
+    run(tmp_path, settings=["epochs=4", "warmup_epochs=1", "decay_from=2"])
+    others = [given[1] for given in of_steps]
+    assert others[0] < max(others) > others[-1]
+    assert [given[2] for given in of_steps] == pytest.approx([rate / 10 for rate in others])
+
+
 def test_batches_are_cut_to_the_frames_that_are_drawn():
     config = replace(PRESETS["synthetic"], frames=4, train_frames=2)
     clips = Clips("synthetic", None, "train", config)

@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -252,6 +252,19 @@ def table_lines(rows, numbers, costs, columns):
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+def check_recipe(folders):
+    """SystemExit if a run of a table, {row: {seed: folder}}, differs from the full model's in more
+    than its row's switches and the number of clips."""
+    recipe = saved_config(next(iter(folders[FULL].values())))
+    for row, runs in folders.items():
+        expected = override(recipe, ROWS[row])
+        for folder in runs.values():
+            saved = saved_config(folder)
+            if replace(saved, clips_per_epoch=recipe.clips_per_epoch) != expected:
+                raise SystemExit(f"{folder} is of another recipe than the runs of {FULL}: remove "
+                                 "it or choose another --out")
+
+
 def tables(out, kind, said):
     """The lines of all tables of which a row beside the full model is done."""
     lines = []
@@ -260,6 +273,7 @@ def tables(out, kind, said):
         others = [row for row in rows if row != FULL and folders[row]]
         if not others or not folders[FULL]:
             continue
+        check_recipe(folders)
         numbers, costs = {}, {}
         for row, runs in folders.items():
             numbers[row] = {seed: measure(folder) for seed, folder in runs.items()}
