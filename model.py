@@ -169,8 +169,8 @@ PRESETS = {
         grid_level=0, dim_feedforward=256, dropout=0.0, logit_dropout=0.0, conv_blocks=1,
         backbone="conv", positions="small", initialisation="small", quirks=(), loss_class=16.0,
         deep_supervision=True, jitter_hue=0, jitter_saturation=0, permute_colours=True,
-        batch_size=16, micro_batch=8, epochs=10, clips_per_epoch=2240, train_frames=1,
-        drop_epochs=(), decay_from=4, warmup_epochs=0.4, warmup_lr=0.0, lr=1e-3,
+        batch_size=8, micro_batch=8, epochs=10, clips_per_epoch=1920, train_frames=1,
+        drop_epochs=(), decay_from=4, warmup_epochs=0.4, warmup_lr=0.0, lr=7e-4,
         backbone_lr=3e-3, offset_rate=0.1, weight_decay=1e-2, adam_beta2=0.98, clip_norm=1.0,
         eval_every=10)}
 

@@ -6,7 +6,7 @@
 
 A row of a table is the synthetic preset with a switch or two; a run is a row with a seed: train.py
 in a process of its own on one core or GPU, as many side by side as there are. It starts from the
-pre-trained stem, as the preset does, and takes 1,800 steps. Runs are folders OUT/ROW-seedN that
+pre-trained stem, as the preset does, and takes 3,600 steps of 8 clips. Runs are folders OUT/ROW-seedN that
 tables share: those that are done are kept, those that are not are resumed. With --same-time the
 rows run again, OUT/ROW-time-seedN, with as many clips as they see in the time that the full model
 takes. The tables of docs/experiments.md are then written anew from all runs that are done.
@@ -36,7 +36,7 @@ from model import PRESETS, QUIRKS, Config, VideoActionDetector, config_from_dict
 from tools import places
 
 ROOT = Path(__file__).resolve().parents[1]
-LENGTH = "clips_per_epoch=2880"     # ten epochs: 1,800 steps of 16 clips
+LENGTH = "clips_per_epoch=2880"     # ten epochs: 3,600 steps of 8 clips
 FULL = "deformable3d, LDL + CDL"
 ROWS = {
     FULL: [],
