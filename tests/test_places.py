@@ -134,10 +134,16 @@ def test_a_loss_leaves_its_plateau_for_good(losses, step):
     assert places.leaves(losses, 0.4) == step
 
 
+def test_the_rate_warms_up_and_is_a_tenth_at_the_end():
+    rates = [places.rate_of(step, 500) / places.RATE for step in range(500)]
+    assert rates[:50] == pytest.approx(np.arange(1, 51) / 50)
+    assert set(rates[50:450]) == {1.0} and rates[450:] == pytest.approx([0.1] * 50)
+
+
 def test_a_run_is_seeded_and_learns(monkeypatch):
     monkeypatch.setattr(places, "TEST_SCENES", 64)
     monkeypatch.setattr(places, "BATCH", 16)
-    monkeypatch.setattr(places, "RATE", 3e-3)
+    monkeypatch.setattr(places, "WARM_UP", 5)
     one, again, other = (places.learn(FULL, 2, seed, 2) for seed in (3, 3, 4))
     for run in (one, again, other):
         assert run.pop("seconds") > 0

@@ -6,13 +6,15 @@
 
 A row of a table is the synthetic preset with a switch or two; a run is a row with a seed: train.py
 in a process of its own on one core or GPU, as many side by side as there are. It starts from the
-pre-trained stem, as the preset does, and takes 3,600 steps of 8 clips. Runs are folders OUT/ROW-seedN that
-tables share: those that are done are kept, those that are not are resumed. With --same-time the
-rows run again, OUT/ROW-time-seedN, with as many clips as they see in the time that the full model
-takes. The tables of docs/experiments.md are then written anew from all runs that are done.
+pre-trained stem, as the preset does, and takes 3,600 steps of 8 clips. Runs are folders
+OUT/ROW-seedN that tables share: those that are done are kept, those that are not are resumed. With
+--same-time the rows run again, OUT/ROW-time-seedN, with as many clips as they see in the time that
+the full model takes. The tables of docs/experiments.md are then written anew from all runs that are
+done.
 
 Shares of attention, the paper's Fig. 2 and 7 in numbers, are those of visualize.attention_shares.
 """
+
 import argparse
 import csv
 import json

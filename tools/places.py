@@ -40,7 +40,8 @@ ACTOR_SIZE = (0.2, 0.48)    # w, h of the anchors, those that the small start ex
 NUM_PLACES = (1, 2, 4, 6, 8)
 TEST_SCENES, TEST_SEED = 1024, 1_000_000
 WITHOUT_LOOKING = 0.506     # mAP of `without_looking`, for any K
-BATCH, STEPS, RATE = 64, 600, 1e-3
+BATCH, STEPS, WARM_UP = 64, 800, 50
+RATE, BETAS = 2e-3, (0.9, 0.98)
 FULL = "LDL + CDL"
 DECODERS = {                # what differs from the synthetic preset
     "DETR": {"decoder": "detr"},
@@ -128,17 +129,22 @@ def class_loss(prediction, labels):
     return F.binary_cross_entropy_with_logits(prediction["pred_logits"], labels)
 
 
+def rate_of(step, steps):
+    """A linear warm-up; the last tenth of the steps at a tenth."""
+    rate = RATE * min(1.0, (step + 1) / WARM_UP)
+    return rate / 10 if step >= steps - steps // 10 else rate
+
+
 def learn(decoder_name, num_places, seed, steps):
     """One run, on one thread -> what runs.jsonl says of it. Seconds are the processor's."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = PlantedMaps(decoder_name, num_places)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=BETAS, fused=True)
     losses, begun = [], process_time()
     for step in range(steps):
-        if step == steps - steps // 10:
-            optimizer.param_groups[0]["lr"] = RATE / 10
+        optimizer.param_groups[0]["lr"] = rate_of(step, steps)
         scenes = draw_scenes(BATCH, num_places, generator)
         predictions, _ = model(scenes)
         of_layers = [class_loss(prediction, scenes["labels"]) for prediction in predictions]
