@@ -24,7 +24,7 @@ def test_every_row_is_a_config_of_its_own_and_every_table_has_the_full_model():
     configs = {row: experiments.config_of(row) for row in ROWS}
     assert len(set(configs.values())) == len(ROWS)
     assert configs[FULL] == replace(PRESETS["synthetic"], clips_per_epoch=2880)
-    assert configs[FULL].epochs * configs[FULL].clips_per_epoch / configs[FULL].batch_size == 1800
+    assert configs[FULL].epochs * configs[FULL].clips_per_epoch / configs[FULL].batch_size == 3600
     assert len({experiments.folder_of("runs", row, 0) for row in ROWS}) == len(ROWS)
     for _, seeds, rows in TABLES.values():
         assert FULL in rows and set(rows) <= set(ROWS) and seeds >= 1

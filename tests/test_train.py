@@ -218,7 +218,7 @@ def test_sampling_offsets_have_a_rate_of_their_own_where_it_differs():
     offsets = optimizer.param_groups[2]
     layer = model.encoder.layers[0].sampling_offsets
     assert {id(p) for p in offsets["params"]} == {id(layer.weight), id(layer.bias)}
-    assert offsets["lr"] == pytest.approx(1e-4)
+    assert offsets["lr"] == pytest.approx(7e-5)
     train.set_rates(optimizer, (3, 2, 0.2))
     assert [group["lr"] for group in optimizer.param_groups] == [3, 2, 0.2]
     plain = replace(PRESETS["synthetic"], offset_rate=1.0)

@@ -236,7 +236,7 @@ def test_a_folder_with_a_run_is_refused(stand_ins, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--set", "qeueries=3"], "qeueries.*did you mean num_queries"),
     (["--set", "epochs=many"], "epochs is int"),
-    (["--set", "micro_batch=3"], "16 clips do not divide"),
+    (["--set", "micro_batch=3"], "8 clips do not divide"),
     (["--set", "num_classes=5"], "--set num_classes=3"),
     (["--set", "drop_epochs=a,b"], "drop_epochs"),
     (["--set", "crop_size=0"], "crop_size=0: must be at least 1"),
