@@ -50,7 +50,8 @@ REMOVED_FIELDS = {"schedule": "step", "lr_batch": 0}
 class Config:
     """Every size and switch of the model, the objective, the clips and the recipe: `--set
     name=value`. The paper prints no weights of losses and no recipe: those of the benchmark presets
-    are the released ones. Nothing is frozen in training."""
+    are the released ones. Nothing is frozen in training but what nothing uses (the quirk
+    unused_tensors)."""
     # the clip
     frames: int = 32                    # T, frames of a clip
     sampling_rate: int = 1              # temporal stride, in frames of the video

@@ -4,8 +4,8 @@ The paper's backbones come pre-trained on action classification, and so does the
 stem. It learns which classes of "own motion" and "detail" a figure shows, from a crop around it
 with no other figure drawn, and whether a cone or a disc lies in a crop, as Kinetics' backbones know
 objects: multi-label binary cross entropy, on a linear read-out of the maximum over space of each
-map's mean over time. The third group, "context", is who points at what: it cannot be told from a
-crop and is no label here. The scenes are of another seed than those of training and validation.
+map's mean over time. The third group, "context", is who points at what: it is no label here. The
+scenes are of another seed than those of training and validation.
 
     python -m tools.pretrain                    # weights/stem.safetensors, 7.5 minutes on a core
     python -m tools.pretrain --shrink runs/NAME/best.pt weights/synthetic.pt
