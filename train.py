@@ -410,7 +410,9 @@ def make_optimizer(model, config):
     """AdamW with the backbone's parameters as the first group, all others as the second; the
     encoder's sampling offsets are a third one where they have a rate of their own. Frozen ones are
     left out."""
-    backbone, others, offsets = [], [], []
+    backbone = []
+    others = []
+    offsets = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
