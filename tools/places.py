@@ -116,7 +116,8 @@ class PlantedMaps(nn.Module):
         positions (B, A, D)."""
         if not hasattr(self.decoder, "anchors"):
             return self.position[cells]
-        x, y = (cells % WIDTH + 0.5) / WIDTH, (cells // WIDTH + 0.5) / HEIGHT  # (B, A)
+        x = (cells % WIDTH + 0.5) / WIDTH  # (B, A)
+        y = (cells // WIDTH + 0.5) / HEIGHT
         size = torch.tensor(ACTOR_SIZE).expand(*cells.shape, 2)
         return torch.cat([x[..., None], y[..., None], size], -1)
 
@@ -142,7 +143,8 @@ def learn(decoder_name, num_places, seed, steps):
     generator = torch.Generator().manual_seed(seed)
     model = PlantedMaps(decoder_name, num_places)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=BETAS, fused=True)
-    losses, begun = [], process_time()
+    losses = []
+    begun = process_time()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate_of(step, steps)
         scenes = draw_scenes(BATCH, num_places, generator)
@@ -222,8 +224,11 @@ def leaves(losses, plateau, width=25):
 def read_runs(out):
     """{(decoder, places, seed, kind): a line of runs.jsonl}; kind "steps", or "time" for a run of
     the full decoder's time."""
-    path, runs = Path(out) / "runs.jsonl", {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    path = Path(out) / "runs.jsonl"
+    runs = {}
+    if not path.is_file():
+        return runs
+    for line in path.read_text().splitlines():
         run = json.loads(line)
         runs[run["decoder"], run["places"], run["seed"], run["kind"]] = run
     return runs
@@ -231,15 +236,17 @@ def read_runs(out):
 
 def missing(runs, seed, kind):
     """The arguments of `learn` for each run of a seed that is not done."""
+    decoders = DECODERS if kind == "steps" else ONE_MAP
     jobs = []
     for places in NUM_PLACES:
-        for decoder in DECODERS if kind == "steps" else ONE_MAP:
+        for decoder in decoders:
             if (decoder, places, seed, kind) in runs:
                 continue
             steps = STEPS
             if kind == "time":
-                full, own = (runs[name, places, seed, "steps"] for name in (FULL, decoder))
-                steps = round(STEPS * full["seconds"] / own["seconds"])
+                of_full = runs[FULL, places, seed, "steps"]["seconds"]
+                of_decoder = runs[decoder, places, seed, "steps"]["seconds"]
+                steps = round(STEPS * of_full / of_decoder)
             jobs.append((decoder, places, seed, steps))
     return jobs
 
@@ -308,7 +315,8 @@ def draw_figure(runs, rows, path):
             for run in runs.values():
                 if (run["decoder"], run["kind"]) == (decoder, kind):
                     points.setdefault(run["places"], []).append(run[value])
-            colour, style = f"C{list(DECODERS).index(decoder)}", "-" if kind == "steps" else "--"
+            colour = f"C{list(DECODERS).index(decoder)}"
+            style = "-" if kind == "steps" else "--"
             places = sorted(points)
             means = [np.mean(points[number]) for number in places]
             panel.plot(places, means, colour, ls=style, label=row_name(decoder, kind))
