@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from scipy.io import loadmat
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of colours in [0, 1]
@@ -83,11 +84,13 @@ def run_block(block, x, recompute):
 
 @contextmanager
 def statistics_kept(block):
-    """BatchNorms of the block do not move their running statistics while this lasts."""
-    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm3d)]
+    """BatchNorms of the block, synchronised ones too, do not move their running statistics while
+    this lasts."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum = 0.0
+        norm.num_batches_tracked = norm.num_batches_tracked.clone()  # it is counted in place
     try:
         yield
     finally:

@@ -132,10 +132,14 @@ def test_stochastic_depth_drops_whole_clips_and_keeps_the_mean():
 # --------------------------------------------------------------------------------------------------
 # Recomputation, devices, graphs
 
-@pytest.mark.parametrize("backbone", [small_vit, short_csn])
-def test_recomputation_changes_no_gradient_and_moves_running_statistics_once(backbone):
+@pytest.mark.parametrize("backbone, synchronised", [
+    (small_vit, False), (short_csn, False), (short_csn, True)])
+def test_recomputation_changes_no_gradient_and_moves_running_statistics_once(
+        backbone, synchronised):
     plain, recomputed = backbone(), backbone(recompute=True)
     recomputed.load_state_dict(plain.state_dict())
+    if synchronised:    # as train.py makes it for several GPUs
+        recomputed = torch.nn.SyncBatchNorm.convert_sync_batchnorm(recomputed)
     clips = torch.randn(2, 3, 4, 32, 32)
     for module in (plain, recomputed):
         sum(x.square().mean() for x in module(clips)).backward()

@@ -488,14 +488,13 @@ def time_command(options, clips, device):
 
 
 def plan_command(device, sweep):
-    wanted, clips = [["batch_size=2", "micro_batch=2"]], 4
+    options = ["batch_size=2", "micro_batch=2"]
+    clips = 4
     if device.type == "cuda":
-        wanted, clips = [[], ["micro_batch=16"]], 960
-    plan = []
-    for options in wanted:
-        about = {"options": " ".join(options) or "as it is"}
-        plan.append((about, partial(time_command, options, clips, device)))
-    return plan
+        options = []
+        clips = 960
+    about = {"options": " ".join(options) or "as it is"}
+    return [(about, partial(time_command, options, clips, device))]
 
 
 def about_machine(device):
@@ -776,9 +775,10 @@ def measure_tree(tree, arguments):
         if "step" in arguments.parts:
             run_command(tree, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py",
                         "--out", f"{folder}/run", "--eval-share", "0.01", "--set", "epochs=1",
-                        f"clips_per_epoch={16 * arguments.steps}")
+                        f"clips_per_epoch={PRESETS['synthetic'].batch_size * arguments.steps}")
+            batch = json.loads(Path(f"{folder}/run/config.json").read_text())["batch_size"]
             lines = [json.loads(line) for line in open(f"{folder}/run/log.jsonl")]
-            times = [16 / line["clips_per_s"] for line in lines[len(lines) // 4:]]
+            times = [batch / line["clips_per_s"] for line in lines[len(lines) // 4:]]
             numbers["step of the first command, s"] = statistics.median(times)
         if "scoring" in arguments.parts:
             run_command(tree, "-m", "tools.benchmark", "scoring", "--share", str(arguments.share),

@@ -176,8 +176,9 @@ def same_time(out, row):
         raise SystemExit(f"--same-time needs a seed of which {FULL} and {row} are done in {out}: "
                          "run the command without it first")
     ratios = [speed(own[seed]) / speed(full[seed]) for seed in seeds]
-    clips = saved_config(full[min(seeds)]).clips_per_epoch * np.mean(ratios)
-    return round(clips / 16) * 16
+    config = saved_config(full[min(seeds)])
+    steps = config.clips_per_epoch / config.batch_size * np.mean(ratios)
+    return round(steps) * config.batch_size
 
 
 def speed(folder):
