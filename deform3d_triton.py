@@ -597,8 +597,9 @@ def _run(value, shapes, references, offsets, logits, scales, backend):
                            "backend='torch', or set TRITON_INTERPRET=1 before Python starts to run "
                            "them in the interpreter (slow)")
     # Within a clip the kernels count in int32: past it they would wrap around, silently.
-    for name, tensor in (("value", value), ("locations or offsets", offsets)):
-        shape = tuple(tensor.shape)
+    output = (*offsets.shape[:3], value.shape[-1])  # (B, Q, M, D)
+    for name, shape in (("value", tuple(value.shape)), ("output", output),
+                        ("locations or offsets", tuple(offsets.shape))):
         if math.prod(shape[1:]) >= 2 ** 31:
             raise ValueError(f"{name} {shape} has {math.prod(shape[1:])} elements a clip, but the "
                              "Triton kernels count to 2^31 - 1; use smaller clips, or fewer "

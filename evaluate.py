@@ -449,7 +449,7 @@ def efficiency(config, device, size=(256, 360), runs=3, model=None, precision=No
     reset_memory(device)
     model = (model or VideoActionDetector(config)).to(device).eval().requires_grad_(False)
     clip = torch.randn(1, 3, config.frames, *size, device=device)
-    times, cells = [], []
+    times = []
     with torch.inference_mode(), torch.autocast(device.type, precision, precision is not None):
         for _ in bar(range(runs + 1), "timing"):
             started = time.perf_counter()
@@ -459,13 +459,17 @@ def efficiency(config, device, size=(256, 360), runs=3, model=None, precision=No
             times.append(1000 * (time.perf_counter() - started))
     peak = memory_gb(device)                # before the count, whose plain attention takes more
 
-    def count_cells(module, arguments, output):
-        cells.append(sum(level[0, 0].numel() for level in arguments[0]))
+    queries = []                            # cells that a layer samples for
 
-    hook = model.encoder.register_forward_hook(count_cells)
+    def count_queries(layer, arguments, output):
+        queries.append(output.shape[1])
+
+    samplers = [layer for layer in model.encoder.layers if hasattr(layer, "sampling_offsets")]
+    hooks = [layer.register_forward_hook(count_queries) for layer in samplers]
     count = multiply_adds(lambda: model(clip))
-    hook.remove()
-    points = cells[0] * config.encoder_layers * config.num_levels * config.num_points
+    for hook in hooks:
+        hook.remove()
+    points = sum(queries) * config.num_levels * config.num_points
     return {"parameters": sum(parameter.numel() for parameter in model.parameters()),
             "multiply_adds": count, "sampling_multiply_adds": points * 8 * config.dim,
             "ms": float(np.median(times[1:])), "peak_gb": peak}

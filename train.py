@@ -68,8 +68,9 @@ def main(argv=None):
     out = run_folder(args)
     try:
         train(args, out)
-    except OSError as error:
-        reason = str(error).splitlines()[-1]        # from a loading process it comes in a traceback
+    except (OSError, ValueError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = lines[-1]                          # from a loading process it comes in a traceback
         raise SystemExit(f"train.py: {reason}; mended, it goes on with --resume {out}") from error
     except (RuntimeError, MemoryError) as error:
         memory = re.search("out of memory|can't allocate memory", str(error))
@@ -104,7 +105,7 @@ def train(args, out):
         model = VideoActionDetector(config)
         state = {"step": 0, "bad": 0, "seconds": 0.0}   # bad: non-finite steps in a row
         if saved:
-            start = resume(model, saved, state, steps_per_epoch)
+            start = resume(model, saved, state, training, steps_per_epoch)
         else:
             start = first_weights(model, args, settings, training.class_names)
     except (OSError, ValueError) as error:
@@ -140,7 +141,8 @@ def train(args, out):
             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(), "state": state, "config": asdict(config),
             "settings": settings, "dataset": training.name, "classes": list(training.class_names),
-            "epoch": state["step"] // steps_per_epoch, "processes": world, "code": code,
+            "clips": len(training), "epoch": state["step"] // steps_per_epoch,
+            "processes": world, "code": code,
             "metrics": folder.last_result()}
 
     def evaluate_share(share):

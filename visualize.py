@@ -427,7 +427,7 @@ def attention_shares(model, dataset, config, device, share=1.0):
             own = cover(cxcywh_to_xyxy(target["boxes"][n, t]), maps.shape[1:])
             cause = cover(cxcywh_to_xyxy(target["cause"][n, t]), maps.shape[1:])
             for c in target["labels"][n, t].nonzero()[:, 0].tolist():
-                of_class = maps[c] / maps[c].sum()          # sums to 1 but for rounding
+                of_class = maps[c] / max(maps[c].sum(), 1e-12)      # a shut gate leaves zeros
                 values = np.array([1 - (of_class * own).sum(), (of_class * cause).sum(),
                                    cause.mean()])
                 sums[group_of[c], :, 0] += np.nan_to_num(values)
@@ -457,11 +457,9 @@ def say_shares(shares):
 def sampling_points(model, clip, place, device):
     """Where the encoder's last layer looks from the cell at `place` (t, y, x), each in [0, 1], of
     the decoder's grid -> points (n, 3) of t, y, x, 0 and 1 the clip's edges, n = M*L*P; their level
-    (n,); their weight (n,), the mean over heads. ValueError for an ordinary encoder."""
-    layer, inputs = model.encoder.layers[-1], []
-    if not hasattr(layer, "sampling_offsets"):
-        raise ValueError("an ordinary transformer encoder has no sampling points: every cell looks "
-                         "at every cell")
+    (n,); their weight (n,), the mean over heads."""
+    layer = model.encoder.layers[-1]
+    inputs = []
     hook = layer.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments))
     model(clip[None].to(device))
     hook.remove()
@@ -866,6 +864,9 @@ def show_clips(detector, dataset, classes, args):
     """`show` for a clip or a whole video of a data set."""
     config = detector.config
     if args.video_name:
+        if config.sampling_rate > 1 and not config.key_frame:
+            raise ValueError(f"--video-name with sampling_rate {config.sampling_rate}: its clips "
+                             "are not in the order of the frames; --set sampling_rate=1")
         if args.video_name not in dataset.videos:
             raise ValueError(f"no video {args.video_name!r} among the {len(dataset.videos)} of "
                              f"{dataset.name}: {', '.join(list(dataset.videos)[:5])}, ...")
@@ -893,6 +894,9 @@ def draw_all(args, device, rank, precision):
     if args.heads == "content" and "split_heads" not in config.quirks:
         raise ValueError(f"--heads content: no heads of {args.ckpt} see content alone (no quirk "
                          "split_heads)")
+    if args.look_from and config.encoder == "transformer":
+        raise ValueError(f"--look-from: the ordinary transformer encoder of {args.ckpt} has no "
+                         "sampling points, every cell looks at every cell")
     if rank == 0:
         print(f"{args.ckpt} is {checkpoint['kind']}")
     detector = Detector(model, config, device, precision)
@@ -902,7 +906,9 @@ def draw_all(args, device, rank, precision):
         names = class_names(checkpoint, config)
         classes = chosen_classes(args.classes, names)
         failed = show_videos(detector, rank, names, classes, args)
-        if failed and "WORLD_SIZE" not in os.environ:   # torchrun would end the other processes
+        if dist.is_initialized():
+            dist.barrier()      # torchrun ends the others where one fails: all are through
+        if failed:
             said = "\n".join(failed)
             raise ValueError(f"{counted(len(failed), 'video')} could not be read:\n{said}")
         return

@@ -276,9 +276,18 @@ def code_version():
 # The weights that a run starts from
 
 
-def resume(model, saved, state, steps_per_epoch):
+def resume(model, saved, state, training, steps_per_epoch):
     """The weights and the state of a run that goes on -> words that say so. ValueError if it cannot
-    with the model's Config."""
+    with the model's Config or the training clips."""
+    other_run = "start another run with --out, from its weights with --init"
+    for number, (before, now) in enumerate(zip(saved["classes"], training.class_names)):
+        if before != now:
+            raise ValueError(f"class {number} of the run is {before}, that of the data is {now}; "
+                             f"{other_run}")
+    clips = saved.get("clips", len(training))       # files of earlier versions do not say
+    if clips != len(training):
+        raise ValueError(f"the run has {clips} training clips, the data have {len(training)}; "
+                         f"{other_run}")
     for name in state:
         state[name] = saved["state"][name]
     epochs = state["step"] / steps_per_epoch
@@ -313,6 +322,9 @@ def first_weights(model, args, settings, class_names):
                 "the paper's is pre-trained; --backbone-weights FILE, or none if this is meant")
     else:
         said = "random weights"
+        if backbone is None and drawn and os.environ.get("RANK", "0") == "0":
+            print(f"WARNING: {STEM} is missing, which the results in the README start from: python "
+                  "-m tools.pretrain makes it; --backbone-weights none if this is meant")
     if args.init_transformer:
         said += "; " + start_from(model, args.init_transformer, class_names, True, args.preset)
     return said

@@ -327,6 +327,10 @@ def test_sizes_past_int32_are_refused():
     locations = torch.zeros(1, device=DEVICE).expand(1, 2 ** 25, 8, 1, 3, 3)
     with pytest.raises(ValueError, match="elements a clip"):
         deform_attn_3d(value, [(1, 1, 1)], locations, locations[..., 0], backend="triton")
+    value = torch.zeros(1, 1, 8, 64, device=DEVICE)
+    locations = torch.zeros(1, device=DEVICE).expand(1, 2 ** 22, 8, 1, 1, 3)
+    with pytest.raises(ValueError, match="output .* has 2147483648 elements a clip"):
+        deform_attn_3d(value, [(1, 1, 1)], locations, locations[..., 0], backend="triton")
     value = torch.zeros(65536, 1, 1, 1, device=DEVICE)
     locations = torch.zeros(65536, 1, 1, 1, 1, 3, device=DEVICE)
     with pytest.raises(ValueError, match="65535"):

@@ -625,6 +625,19 @@ def test_efficiency_counts_multiply_adds_of_what_is_added():
     assert one["ms"] > 0 and one["peak_gb"] > 0
 
 
+def test_the_sampling_op_is_counted_where_a_layer_samples():
+    """The last layer of a key-frame model samples for the cells of the frames that are read; an
+    ordinary encoder samples nothing."""
+    config = replace(PRESETS["synthetic"], encoder_layers=2, key_frame=True)
+    counted = evaluate.efficiency(config, torch.device("cpu"), (64, 96), runs=1)
+    cells = 8 * 12 + 4 * 6                                  # of a time step, T' = 8
+    points = (8 + 1) * cells * config.num_levels * config.num_points
+    assert counted["sampling_multiply_adds"] == points * 8 * config.dim
+    ordinary = replace(PRESETS["synthetic"], encoder="transformer")
+    counted = evaluate.efficiency(ordinary, torch.device("cpu"), (64, 96), runs=1)
+    assert counted["sampling_multiply_adds"] == 0
+
+
 def test_efficiency_is_of_the_presets_or_the_checkpoint_that_are_named(checkpoint, monkeypatch,
                                                                        capsys):
     measured = []

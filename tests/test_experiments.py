@@ -217,3 +217,6 @@ def test_places_are_run_and_reported_by_the_same_command(tmp_path, monkeypatch):
     out = tmp_path / "places"
     page, figure = tmp_path / "docs" / "places.md", tmp_path / "docs" / "places.png"
     assert called == [(out, [1], 1), (out, page, figure)]
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--places", "--table", "1")
+    assert len(called) == 2

@@ -1,6 +1,7 @@
 """tools/places.py: the planted scenes and maps, what is measured on them, and what is kept."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -182,6 +183,25 @@ def test_all_runs_are_made_once_and_one_map_again_for_the_full_decoder_s_time(tm
     places.run_all(tmp_path, [0, 1], 1)
     assert [job[2] for job in pretended].count(0) == 3
     assert len(places.read_runs(tmp_path)) == 2 * len(wanted)
+
+
+def test_a_run_that_fails_ends_the_command_and_what_was_done_is_kept(
+        tmp_path, monkeypatch, pretended):
+    learn = places.learn
+
+    def fails(decoder, num_places, seed, steps):
+        if num_places == 4:
+            raise FloatingPointError("of the fifth decoder")
+        time.sleep(0.2 if num_places > 4 else 0)
+        return learn(decoder, num_places, seed, steps)
+
+    monkeypatch.setattr(places, "learn", fails)
+    with pytest.raises(FloatingPointError, match="of the fifth decoder"):
+        places.run_all(tmp_path, [0], 1)
+    assert len(pretended) < 15, "runs behind the one that failed are not begun"
+    (tmp_path / "runs.jsonl").write_text('{"decoder": "LD')
+    with pytest.raises(SystemExit, match="runs.jsonl, line 1 is no run: delete the line"):
+        places.read_runs(tmp_path)
 
 
 def test_the_report_has_each_seed_in_a_cell_and_leaves_the_page_s_own_words(tmp_path, pretended):

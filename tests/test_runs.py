@@ -191,7 +191,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(source):
 
 
 def test_the_synthetic_set_starts_from_the_stem_unless_that_is_not_wanted(
-        source, monkeypatch, tmp_path):
+        source, monkeypatch, tmp_path, capsys):
     weights, path = source
     of_backbone = VideoActionDetector(CONFIG).backbone.state_dict()
     stem = {}
@@ -217,6 +217,7 @@ def test_the_synthetic_set_starts_from_the_stem_unless_that_is_not_wanted(
     assert first("--dataset", "custom", "--data", "x")[0] == "random weights"
     monkeypatch.setattr(runs, "STEM", tmp_path / "nowhere")
     assert first() == ("random weights", set())
+    assert "nowhere is missing, which the results in the README" in capsys.readouterr().out
 
 
 def test_a_backbone_that_is_usually_pre_trained_is_warned_about(monkeypatch):

@@ -313,7 +313,7 @@ def report(out, page):
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--table", nargs="+", choices=TABLES, default=["1", "2", "3", "4"],
+    parser.add_argument("--table", nargs="+", choices=TABLES,
                         help="which tables (1 2 3 4)")
     parser.add_argument("--places", action="store_true",
                         help="instead: decoders on maps where actors need several places")
@@ -329,8 +329,9 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if args.jobs is not None and args.jobs < 0:
         parser.error(f"--jobs {args.jobs}: must be at least 0")
-    if args.places and (args.set or args.same_time):
+    if args.places and (args.table or args.set or args.same_time):
         parser.error("--places goes with --seeds, --out and --jobs only")
+    args.table = args.table or ["1", "2", "3", "4"]
     return args
 
 

@@ -20,7 +20,7 @@ import json
 import math
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from time import process_time
 
@@ -228,8 +228,12 @@ def read_runs(out):
     runs = {}
     if not path.is_file():
         return runs
-    for line in path.read_text().splitlines():
-        run = json.loads(line)
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            run = json.loads(line)
+        except ValueError as error:
+            raise SystemExit(f"{path}, line {number} is no run: delete the line, and its run is "
+                             "made again") from error
         runs[run["decoder"], run["places"], run["seed"], run["kind"]] = run
     return runs
 
@@ -261,10 +265,16 @@ def run_all(out, seeds, processes):
             with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
                 futures = [pool.submit(learn, *job) for job in jobs]
                 bar = tqdm(as_completed(futures), f"seed {seed}, same {kind}", total=len(jobs))
-                for future in bar:
-                    line = json.dumps({**future.result(), "kind": kind})
-                    with open(out / "runs.jsonl", "a") as file:
-                        file.write(line + "\n")
+                try:
+                    for future in bar:
+                        line = json.dumps({**future.result(), "kind": kind})
+                        with open(out / "runs.jsonl", "a") as file:
+                            file.write(line + "\n")
+                except BaseException:  # Ctrl-C, or a run that failed: no more runs are begun
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for worker in active_children():
+                        worker.terminate()
+                    raise
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stand_ins import assert_equal_weights, assert_same_state, last, log, run
+from stand_ins import Clips, assert_equal_weights, assert_same_state, last, log, run
 from torch import nn
 
 import train
@@ -292,6 +292,22 @@ def test_a_resumed_run_stays_what_it_was(stand_ins, tmp_path, arguments, message
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("change, message", [
+    ({"class_names": ["a", "c", "b"]}, "class 1 of the run is b, that of the data is c; start ano"),
+    ({"videos": [f"video{index}" for index in range(9)]}, "has 10 training clips, the data have 9")])
+def test_a_run_is_not_resumed_on_other_classes_or_clips(
+        stand_ins, monkeypatch, tmp_path, change, message):
+    def other_clips(*arguments, **options):
+        dataset = Clips(*arguments, **options)
+        vars(dataset).update(change)
+        return dataset
+
+    run(tmp_path)
+    monkeypatch.setattr(train, "build_dataset", other_clips)
+    with pytest.raises(SystemExit, match=message):
+        train.main(["--resume", str(tmp_path)])
+
+
 def test_a_resumed_run_may_be_told_what_it_has(stand_ins, tmp_path):
     run(tmp_path)
     train.main(["--resume", str(tmp_path), "--out", str(tmp_path), "--dataset", "synthetic",
@@ -319,17 +335,22 @@ def test_data_without_frames_are_refused_before_anything_is_written(handlers, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_a_clip_that_cannot_be_read_in_a_loading_process_is_one_line(stand_ins, tmp_path):
+@pytest.mark.parametrize("error, message", [
+    (OSError("cannot read the image 00012.jpg: truncated"), "cannot read the image 00012.jpg"),
+    (ValueError("v_Biking_g01_c01 holds two files of frame 12"), "v_Biking_g01_c01 holds two"),
+    (OSError(), "OSError")])
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_clip_that_cannot_be_read_is_one_line(stand_ins, tmp_path, error, message, workers):
     item = train.build_dataset.__getitem__
 
     def broken(clips, index):
         if clips.augment and index == 7:
-            raise OSError("cannot read the image 00012.jpg: truncated; extract it again")
+            raise error
         return item(clips, index)
 
     stand_ins.setattr(train.build_dataset, "__getitem__", broken)
-    with pytest.raises(SystemExit, match="cannot read the image 00012.jpg.*--resume") as ended:
-        run(tmp_path, "--workers", "1")
+    with pytest.raises(SystemExit, match=f"{message}.*--resume") as ended:
+        run(tmp_path, "--workers", workers)
     assert "\n" not in str(ended.value)
 
 

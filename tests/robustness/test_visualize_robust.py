@@ -178,11 +178,19 @@ def test_where_nothing_is_found_the_message_says_why(tmp_path, command, capsys):
     ("--top 0", "--top: 0: must be"), ("--width 10", "--width: 10: must be at least 320"),
     ("--rate 0", "--rate 0.0 is not"), ("--look-from 0.5 2", "--look-from: 2 is not in"),
     ("--classes fly", "unknown class fly"), ("--video-name nobody", "no video 'nobody'"),
-    ("--heads content", "no quirk split_heads")])
+    ("--heads content", "no quirk split_heads"),
+    ("--video-name nobody --set sampling_rate=2", "--video-name with sampling_rate 2")])
 def test_options_that_cannot_be_are_refused_by_name(command, options, message, capsys):
     with pytest.raises(SystemExit) as ended:
         command(*options.split(), names=None, num_classes=9)
     assert message in str(ended.value) + capsys.readouterr().err
+
+
+def test_an_encoder_without_sampling_points_is_named_before_anything_is_drawn(tmp_path, command):
+    with pytest.raises(SystemExit, match="--look-from: the ordinary transformer encoder of .*c.pt"):
+        command("--clip", 0, "--out", tmp_path / "out", "--look-from", 0.5, 0.5, names=None,
+                num_classes=9, encoder="transformer")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_device_and_a_run_s_folder_are_understood(tmp_path, command, capsys, monkeypatch):
