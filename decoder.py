@@ -10,12 +10,13 @@ Nothing of the localizing layers depends on the classifying ones, so they all ru
 classifying layers then run over a flat list of I (frame, actor) pairs.
 
 The paper is silent on some points; here, as in the released model: f is detached; the class
-queries of an actor attend to each other without projections of query, key and value; a class logit
-is the mean over the channels of a LayerNorm. beside/released.py lists where the released model
-departs from the paper; `anchor_before_norm` and `three_way_confidence` are marked lines here. In
-the benchmark presets its ReleasedClassifyingLayer stands in for ClassifyingLayer: one block for all
-convolutions, no W_Q and W_K on the concatenations, class attention also on padding, no add & norm
-behind it. beside/ablations.py has Tables 1 to 4. Small methods (`add_...`, `combine`, `convolve`,
+queries of an actor attend to each other without projections of query, key and value. Also as
+released, a class logit is the mean over the channels of a LayerNorm. beside/released.py lists where
+the released model departs from the paper; `anchor_before_norm` and `three_way_confidence` are
+marked lines here. In the benchmark presets its ReleasedClassifyingLayer stands in for
+ClassifyingLayer: one block for all convolutions, no W_Q and W_K on the concatenations, class
+attention also on padding, no add & norm behind it. beside/ablations.py has Tables 1 to 4. Small
+methods (`add_...`, `level_shares`, `combine`, `convolve`, `class_attention_folded`,
 `class_predictions`) are what these two files replace.
 
 Sizes (model.Config): A = 15 of UCF101-24 and AVA, 5 of JHMDB; D = 256, M = 8, Y = 3 (AVA 6), 3
@@ -255,7 +256,8 @@ class ClassifyingLayer(nn.Module):
     def class_attention(self, queries, P, z, key_pos, padding):
         """Eq. 1 and 2 as they are printed: the attention maps of the C classes of each actor.
 
-        To be read; `forward` calls `class_attention_folded`, the same numbers (a test compares).
+        To be read; `forward` calls `class_attention_folded`, the same numbers (a test compares), or
+        what other classifying layers have in its place.
         queries (I, C, D); P (I, D); z (I, N, D); key_pos (I, N, D), the P_V of Eq. 1, which is the
         position table of the common grid's map; padding (I, N).
 
@@ -294,6 +296,7 @@ class ClassifyingLayer(nn.Module):
         Returns the class features (I, C, D) and the class attention maps (I, M, C, N).
         """
         z = self.interaction(f, context, padding, size)
+        # The first layer's queries are all pairs' own: one self-attention, one dropout mask.
         queries = self.self_attention(queries).expand(len(z), -1, -1)  # (I, C, D)
         attention = self.class_attention_folded(queries, P, z, key_pos, padding)
         # Values are of x, the map that Sec. 4.2 gives to CDL as key and value; z, where the actor
@@ -427,7 +430,8 @@ class Decoder(nn.Module):
 
         Returns the class logits (F, A, Y, C) and, if asked, the last layer's maps (F, A, ...).
         """
-        queries, logits = self.class_queries[None], []
+        queries = self.class_queries[None]  # (1, C, D)
+        logits = []
         for number in range(len(self.classifying)):
             arguments = (number, size, queries, memory, key_pos, padding,
                          f[:, number], P[:, number], shares[:, number], keep)

@@ -529,7 +529,9 @@ def load_model(path=None, changes=(), device="cpu", preset=None):
         text = " ".join(str(error).split())     # torch lists every tensor that does not fit
         if not text.startswith(("--set", str(path))):
             text = f"{path} cannot be loaded: {text}"
-        raise SystemExit(text[:600] + " ..." * (len(text) > 600)) from error
+        if len(text) > 600:
+            text = text[:600] + " ..."
+        raise SystemExit(text) from error
     return model.eval(), model.config, checkpoint
 
 
@@ -542,9 +544,12 @@ def open_dataset(args, config, classes, source, trained):
     name = args.dataset or trained.get("dataset")
     if name != trained.get("dataset"):
         trained = {}
-    root, split = args.data or trained.get("data"), args.split or trained.get("split") or 1
+    root = args.data or trained.get("data")
+    split = args.split or trained.get("split") or 1
     missing = (args.missing or trained.get("missing") or "error").replace("-", " ")
-    fill = trained.get("fill") or 0 if args.fill is None else args.fill
+    fill = args.fill
+    if fill is None:
+        fill = trained.get("fill") or 0
     if name is None:
         raise SystemExit(f"{source} does not say which data set it is for: name it with --dataset")
     if root is None and name != "synthetic":
@@ -663,7 +668,8 @@ def arguments(argv=None):
     if args.detections and (args.ckpt or args.oracle):
         parser.error("--detections are scored without a model: leave --ckpt and --oracle out")
     if args.efficiency is None:
-        files, splits = len(args.detections or args.ckpt or [None]), args.split or [None]
+        files = len(args.detections or args.ckpt or [None])
+        splits = args.split or [None]
         if files not in (1, len(splits)):
             parser.error(f"{files} files and {len(splits)} --split: give one file, or one for each "
                          "split")
@@ -732,7 +738,8 @@ def evaluate_split(source, out, args, device, precision):
 
 def evaluate_splits(args, device, precision):
     """A checkpoint (or saved detections) on each split, and where there are several their mean."""
-    sources, splits = args.detections or args.ckpt or [None], args.split or [None]
+    sources = args.detections or args.ckpt or [None]
+    splits = args.split or [None]
     if not args.detections:
         sources = [find_checkpoint(path) for path in sources]
     if len(sources) == 1:

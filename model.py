@@ -220,7 +220,8 @@ def config_from_dict(values):
     """Config from `dataclasses.asdict` of one, as a checkpoint or config.json holds it. Older ones
     lack `positions`, which went with `initialisation`, and offset_rate, which was 1, and hold
     fields that are gone: they must have their usual value."""
-    known, given = {field.name for field in fields(Config)}, {}
+    known = {field.name for field in fields(Config)}
+    given = {}
     for name, value in values.items():
         if name in known:
             given[name] = tuple(value) if isinstance(value, list) else value
@@ -409,15 +410,18 @@ def read_checkpoint(path, preset=None):
     if is_ours(content):
         unsaid = {"dataset": None, "classes": None, "epoch": None, "metrics": {}}   # saved by hand
         return {**unsaid, **content, "kind": "a checkpoint of this project"}
-    tensors, problems = content if isinstance(content, dict) else {}, []
+    tensors = content if isinstance(content, dict) else {}
+    problems = []
     for wrapping in ("model", "state_dict"):
         if isinstance(tensors.get(wrapping), dict):
             tensors = tensors[wrapping]
     tensors = strip_prefixes(tensors)
-    kind, found = "weights of this project", preset
+    kind = "weights of this project"
+    found = preset
     if "decoder.class_queries" not in tensors:
         tensors, problems = released_weights(tensors)
-        kind, found = "a released checkpoint", preset or preset_of(tensors)
+        kind = "a released checkpoint"
+        found = preset or preset_of(tensors)
     if problems or "decoder.class_queries" not in tensors:
         said = ": " + "; ".join(problems[:5]) if problems else ""
         raise ValueError(f"{path}: neither a checkpoint of this project (a dict with 'model' and "

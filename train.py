@@ -17,7 +17,8 @@ included, but the tensors that nothing uses (beside/released.py).
 
 A step takes `batch_size` clips over all processes, `micro_batch` of them at a time on each. The
 divisors of the loss are summed over all of these first, so the gradient is that of one large
-batch however it is cut.
+batch however it is cut, but for BatchNorm (the conv stem, CSN): its statistics are a micro-batch's,
+over all GPUs or of one CPU process.
 
 Weight decay is on all parameters, as in the released recipe. Float32 islands under autocast: the
 objective, and what encoder.py and decoder.py name.
@@ -133,6 +134,7 @@ def train(args, out):
     if workers is None:
         workers = evaluate.default_workers(device)
     code = code_version()
+    begun = time.monotonic() - state["seconds"]         # of a resumed run, as if it had begun then
     folder = RunFolder(out, read_history(out / "results.csv", state["step"]))
 
     def checkpoint():
@@ -176,7 +178,6 @@ def train(args, out):
             print(crowd_warning(training, config.num_queries), end="", flush=True)
         folder.open(checkpoint(), settings, config)
         signals.folder = folder
-    begun = time.monotonic() - state["seconds"]
     last_saved = time.monotonic()
     share = share_due(state["step"], steps_per_epoch, config, settings)
     if share > folder.share_at(state["step"]):          # the run was ended in an evaluation
@@ -219,10 +220,11 @@ def train(args, out):
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         stop = losses[0].new_tensor([signals.caught > 0])       # a signal that any rank has met
         sums = all_sum(torch.cat([sum(losses), stop]))                                      # (6,)
-        loss, *parts, stop, norm = torch.cat([sums, norm[None]]).tolist()   # waits for the GPU
+        numbers = torch.cat([sums, norm[None]]).tolist()                # waits for the GPU
+        total_loss, *means, stopped, grad_norm = numbers
 
         # What is not finite changes nothing but the count of such steps in a row
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        finite = math.isfinite(total_loss) and math.isfinite(grad_norm)
         if finite:
             scaler.step(optimizer)
             state["bad"] = 0
@@ -230,7 +232,8 @@ def train(args, out):
             for buffer, value in zip(statistics, kept):
                 buffer.copy_(value)
             # fp16 finds its scale by overflowing: no fault while the scale can still be lowered
-            searching = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1
+            searching = (scaler.is_enabled() and math.isfinite(total_loss)
+                         and scaler.get_scale() > 1)
             if not searching:
                 state["bad"] += 1
         scaler.update()
@@ -244,33 +247,34 @@ def train(args, out):
         taken = min(config.batch_size, taken)           # clips; an epoch's last step may have fewer
         minutes = state["seconds"] / 60
         line = {
-            "step": step + 1, "epoch": (step + 1) / steps_per_epoch, "loss": loss,
-            **dict(zip(PARTS, parts)), "lr": lr, "backbone_lr": backbone_lr, "grad_norm": norm,
-            "skipped": not finite, "memory_gb": evaluate.memory_gb(device),
+            "step": step + 1, "epoch": (step + 1) / steps_per_epoch, "loss": total_loss,
+            **dict(zip(PARTS, means)), "lr": lr, "backbone_lr": backbone_lr,
+            "grad_norm": grad_norm, "skipped": not finite, "memory_gb": evaluate.memory_gb(device),
             "clips_per_s": taken / (now - started), "data_share": waited / (now - started),
             "eta_minutes": minutes / (step + 1) * (total - step - 1)}
         if not finite:
             line["clips"] = name_clips(micro, losses, world)
-        bar.set_postfix_str(f"epoch {line['epoch']:.2f} loss {loss:.3f} lr {lr:.1e}", refresh=False)
+        bar.set_postfix_str(f"epoch {line['epoch']:.2f} loss {total_loss:.3f} lr {lr:.1e}",
+                            refresh=False)
         bar.update()
         if rank == 0:
             folder.log(line)
             if not finite:
-                bar.write(f"step {step + 1} skipped: loss {loss}, gradient norm {norm} with "
-                          f"{', '.join(line['clips'])}")
+                bar.write(f"step {step + 1} skipped: loss {total_loss}, gradient norm {grad_norm} "
+                          f"with {', '.join(line['clips'])}")
         if state["bad"] == BAD_STEPS:
             raise SystemExit(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}, {BAD_STEPS} in a row: "
-                f"{out / 'last.pt'} holds the weights before them. Look at these clips, or lower "
-                f"the learning rate (--set lr=): {', '.join(line['clips'])}")
+                f"step {step + 1}: loss {total_loss}, gradient norm {grad_norm}, {BAD_STEPS} in a "
+                f"row: {out / 'last.pt'} holds the weights before them. Look at these clips, or "
+                f"lower the learning rate (--set lr=): {', '.join(line['clips'])}")
 
         # Save, evaluate
         share = share_due(step + 1, steps_per_epoch, config, settings)
         overdue = now - last_saved > 60 * settings["save_minutes"]
-        if rank == 0 and (stop or share or overdue):
+        if rank == 0 and (stopped or share or overdue):
             folder.save(checkpoint())
             last_saved = now
-        if stop:
+        if stopped:
             signals.leave(signals.caught or signal.SIGTERM)
         if share:
             signals.end_step()          # an evaluation may be left at once: resumed, it starts anew

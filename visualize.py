@@ -592,7 +592,8 @@ def video_clips(path, config, rate, seen=True):
     for picture, seconds in video_frames(path):
         if len(buffer) == reach:                                    # and there is a frame behind it
             yield video_clip(path, buffer, number, config, step, seen, last=False)
-            number, buffer = number + 1, buffer[step:]
+            number += 1
+            buffer = buffer[step:]
         if decoded >= number * step:
             buffer.append({"picture": picture, "seconds": seconds, "clip": None})
         decoded += 1
@@ -600,7 +601,8 @@ def video_clips(path, config, rate, seen=True):
     middle = config.frames // 2 * config.sampling_rate if config.key_frame else 0
     while buffer and (number == 0 or len(buffer) > middle):         # too few for a whole clip
         yield video_clip(path, buffer, number, config, step, seen, last=True)
-        number, buffer = number + 1, buffer[step:] if config.key_frame else []
+        number += 1
+        buffer = buffer[step:] if config.key_frame else []
 
 
 @lru_cache
@@ -626,7 +628,8 @@ def video_clip(path, buffer, number, config, step, seen, last):
                 frame["clip"] = render([Image.fromarray(frame["picture"])], transform)
         clip = torch.cat([frame["clip"] for frame in used], 1)      # (3, T, H, W)
     edge = (config.frames - step) // 2
-    begin, end = edge if number else 0, len(buffer) if last else edge + step
+    begin = edge if number else 0
+    end = len(buffer) if last else edge + step
     target |= {"frame_ids": slots + number * step + 1, "frames": (slots >= begin) & (slots < end)}
     if config.key_frame:
         used = used[config.frames // 2:][:1]

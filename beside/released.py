@@ -4,10 +4,10 @@ The paper's tables were made by the released model. Each of its departures that 
 quirk, a name in `Config.quirks`; the benchmark presets (ucf, jhmdb, ava, ava_csn152) have all of
 them active, the synthetic preset none. `--set quirks=` takes the names of those to keep.
 
-What they cost was measured on the synthetic set, one active at a time, one seed, from scratch
-(docs/experiments.md), f-mAP against .751 of the model without (its three seeds: .820, .719, .715):
+What they cost was measured on the synthetic set, one active at a time, seed 0, from scratch
+(docs/experiments.md), f-mAP against .820 of the model without (other seeds of it: .719, .715):
 offset_axes .791, three_way_confidence .718, bare_output .818, split_heads .752 (detail .682 against
-.812). Not yet: grid_edge, anchor_before_norm. The other four change nothing there.
+.862). Not yet: grid_edge, anchor_before_norm. The other four change nothing there.
 
 position_pairs (encoder.py)
     Sine and cosine of a pair of channels differ in frequency, in the tables of maps and keys; the

@@ -886,9 +886,10 @@ def nearest(name, names):
     close = difflib.get_close_matches(name, sorted(names), n=1)
     if not close:
         return ""
-    composed = [unicodedata.normalize("NFC", text) for text in (name, close[0])]
-    unlike = ", with accents of other code points (NFD, as on a Mac): rename it"
-    return f", the nearest is {close[0]}" + unlike * (composed[0] == composed[1])
+    said = f", the nearest is {close[0]}"
+    if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", close[0]):
+        said += ", with accents of other code points (NFD, as on a Mac): rename it"
+    return said
 
 
 def choose_videos(videos, source, missing, alone):
@@ -987,8 +988,10 @@ def read_own_rows(root, side):
         if places:
             problems.append(problem("validation video without annotation", places))
         if len(names) and not kept.any():
-            found, missed = ("no", "validation") if side == "val" else ("every", "training")
-            problems.append(f"{listed} lists {found} video of {path}: none is left for {missed}")
+            fault = "no video of {}: none is left for validation"
+            if side == "train":
+                fault = "every video of {}: none is left for training"
+            problems.append(f"{listed} lists {fault.format(path)}")
     return path, names, rows, kept, listed, problems
 
 
@@ -998,7 +1001,8 @@ def read_csv_set(name, root, side, key_frame, missing):
     if ava and not key_frame:
         raise ValueError("ava is annotated at key frames only; use a preset of key frames "
                          "(--set key_frame=true)")
-    path, names, rows, kept, by, problems = (read_ava_rows if ava else read_own_rows)(root, side)
+    read_rows = read_ava_rows if ava else read_own_rows
+    path, names, rows, kept, by, problems = read_rows(root, side)
     words = f"{path} without {(~kept).sum()} rows by {by}"
     names, rows = names[kept], rows[kept]
 

@@ -341,8 +341,9 @@ def wanted_runs(args):
     wanted = []
     for table in args.table:
         _, count, rows = TABLES[table]
+        seeds = range(count) if args.seeds is None else args.seeds
         for row in rows:
-            for seed in range(count) if args.seeds is None else args.seeds:
+            for seed in seeds:
                 if (seed, row) not in wanted:
                     wanted.append((seed, row))
     jobs = []

@@ -420,15 +420,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tools.prepare",
                                      description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
+    adders = {}         # add_argument of a command
     for name, text in (
             ("extract", "turn videos into the tree of frames that training reads"),
             ("check", "find what is wrong with a data set; exit status 0: may be trained on")):
         command = commands.add_parser(name, help=text, description=text)
-        add = command.add_argument
+        add = adders[name] = command.add_argument
         add("--dataset", required=True, choices=sorted(LAYOUTS))
         add("--data", required=True, metavar="DIR", help="the data set's folder")
         add("--workers", type=at_least(1), default=cores(), metavar="N",
             help="processes (default: one a core)")
+    add = adders["check"]
     add("--split", type=int, metavar="N", help="one of jhmdb's three splits (default: all)")
     add("--key-frames", action="store_true", help="custom: boxes are at key frames")
     add("--fill", type=at_least(0), default=0, metavar="N",
@@ -448,8 +450,10 @@ def main(argv=None):
     try:
         return {"extract": extract, "check": check, "convert": convert}[args.command](args)
     except KeyboardInterrupt:
-        again = "; started again it goes on with the next video"
-        print("ended" + again * (args.command == "extract"), file=sys.stderr)
+        said = "ended"
+        if args.command == "extract":
+            said += "; started again it goes on with the next video"
+        print(said, file=sys.stderr)
         return 130
 
 

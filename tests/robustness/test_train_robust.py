@@ -294,7 +294,7 @@ def test_a_resumed_run_stays_what_it_was(stand_ins, tmp_path, arguments, message
 
 @pytest.mark.parametrize("change, message", [
     ({"class_names": ["a", "c", "b"]}, "class 1 of the run is b, that of the data is c; start ano"),
-    ({"videos": [f"video{index}" for index in range(9)]}, "has 10 training clips, the data have 9")])
+    ({"videos": [f"video{index}" for index in range(9)]}, "has 10 training clips, .* 9")])
 def test_a_run_is_not_resumed_on_other_classes_or_clips(
         stand_ins, monkeypatch, tmp_path, change, message):
     def other_clips(*arguments, **options):
