@@ -317,7 +317,8 @@ def assign(fits, scores):
     fits = np.append(fits, np.ones((classes, tubes, 1), bool), 2)       # (C, L, A + 1)
     taken = np.empty((classes, tubes), np.int64)
     for place in range(tubes):
-        taken[:, place] = best = np.where(fits[:, place], left, -1).argmax(1)
+        best = np.where(fits[:, place], left, -1).argmax(1)             # (C,)
+        taken[:, place] = best
         left[every, best] = -1
         left[:, boxes] = -0.5
     return taken
@@ -335,11 +336,17 @@ def link_video(boxes, scores, number, max_gap):
     near = [box_iou(boxes[:-lag, :, None], boxes[lag:, None]) >= LINK_IOU       # (F - lag, A, A)
             for lag in range(1, min(max_gap, steps - 1) + 1)]
     most = np.count_nonzero(present) + 1        # tubes at most, each of a box; the last is no tube
-    total, length, last = np.zeros(most), np.zeros(most, np.int64), np.full(most, -1)
-    every, tubes = np.arange(classes)[:, None], 0
+    total = np.zeros(most)
+    length = np.zeros(most, np.int64)
+    last = np.full(most, -1)
+    every = np.arange(classes)[:, None]
+    tubes = 0
     for step in range(steps):
-        recent = [earlier for earlier in range(step - 1, max(step - max_gap, 0) - 1, -1)
-                  if number[step] - number[earlier] <= max_gap]
+        recent = []                             # steps that a tube may have been at, latest first
+        earlier = step - 1
+        while earlier >= 0 and number[step] - number[earlier] <= max_gap:
+            recent.append(earlier)
+            earlier -= 1
         if recent:
             live = np.concatenate([tube[earlier, :, :width] for earlier in recent], 1)  # (C, R * A)
             live[last[live] != np.repeat(recent, width)] = -1           # they went on since

@@ -260,14 +260,15 @@ class VideoActionDetector(nn.Module):
 
         # Sec. 4.1: the encoder, and positions
         layers = [encoder_layer(config, num_levels) for _ in range(config.encoder_layers)]
-        sizes = (layers, num_levels, dim, "offset_axes" in quirks, config.checkpoint_encoder)
+        options = {"offset_axes": "offset_axes" in quirks, "recompute": config.checkpoint_encoder}
         if config.positions == "small":
-            self.encoder = small.PlacedEncoder(*sizes)
-            self.position_table, self.key_table = small.map_table(dim), small.key_table(dim)
+            self.encoder = small.PlacedEncoder(layers, num_levels, dim, **options)
+            self.position_table = small.map_table(dim)
+            self.key_table = small.key_table(dim)
             self.actor_embed = small.actor_embedding(config.num_queries, dim)
             anchor_frequencies = small.frequencies(dim // 2)
         else:
-            self.encoder = DeformableEncoder(*sizes)
+            self.encoder = DeformableEncoder(layers, num_levels, dim, **options)
             self.position_table = self.key_table = paper_table(dim, "position_pairs" in quirks)
             zeros = torch.zeros(config.num_queries, dim)
             self.register_buffer("actor_embed", zeros, persistent=False)

@@ -283,10 +283,10 @@ def levels_of(config):
 
 def encoder_layer(config, num_levels):
     """One encoder layer."""
-    sizes = (config.dim_feedforward, config.dropout)
     if config.encoder == "transformer":
-        return OrdinaryLayer(config.dim, config.num_heads, *sizes)
-    return DeformableLayer(config.dim, config.num_heads, num_levels, config.num_points, *sizes)
+        return OrdinaryLayer(config.dim, config.num_heads, config.dim_feedforward, config.dropout)
+    return DeformableLayer(config.dim, config.num_heads, num_levels, config.num_points,
+                           config.dim_feedforward, config.dropout)
 
 
 def classifying_layer(config):
@@ -306,22 +306,26 @@ def classifying_layer(config):
 
 def decoder_of(config, num_levels, frequencies):
     """The decoder with its layers; frequencies (D/2,) of the anchors' embedding."""
-    sizes = (config.dim_feedforward, config.dropout)
     num_frames = 1 if config.key_frame else config.frames
-    numbers = (config.num_queries, num_frames, config.num_classes)
     if config.decoder == "detr":
-        return DETRDecoder(config.decoder_layers, config.dim, config.num_heads, *sizes, *numbers)
-    localizing, classifying = [], []
+        return DETRDecoder(
+            config.decoder_layers, config.dim, config.num_heads, config.dim_feedforward,
+            config.dropout, config.num_queries, num_frames, config.num_classes)
+    layer = LOCALIZING[config.aggregation]
+    localizing = []
+    classifying = []
     for number in range(config.decoder_layers):
-        layer = LOCALIZING[config.aggregation]
-        localizing.append(layer(config.dim, config.num_heads, num_levels, *sizes, number == 0))
+        localizing.append(layer(
+            config.dim, config.num_heads, num_levels, config.dim_feedforward, config.dropout,
+            first=number == 0))
         if config.decoder == "ldl+cdl":
             classifying.append(classifying_layer(config))
-    layers = Decoder if config.decoder == "ldl+cdl" else LinearClassDecoder
-    decoder = layers(localizing, classifying, config.dim, *numbers, frequencies,
-                     config.logit_dropout, config.checkpoint_classifier,
-                     three_way_confidence="three_way_confidence" in config.quirks,
-                     anchor_before_norm="anchor_before_norm" in config.quirks)
+    kind = Decoder if config.decoder == "ldl+cdl" else LinearClassDecoder
+    decoder = kind(
+        localizing, classifying, config.dim, config.num_queries, num_frames, config.num_classes,
+        frequencies, config.logit_dropout, recompute=config.checkpoint_classifier,
+        three_way_confidence="three_way_confidence" in config.quirks,
+        anchor_before_norm="anchor_before_norm" in config.quirks)
     if "unused_tensors" in config.quirks and config.decoder == "ldl+cdl":
         hold_unused_norm(decoder)
     return decoder
