@@ -144,11 +144,14 @@ def read_coco(path):
     for video, number in places.values():
         empty[video].add(number + 1 - first)
     for count, annotation in enumerate(annotations):
-        image = images.get(annotation["image_id"])
-        label = labels.get(annotation["category_id"])
+        name = f"{path}: annotation {annotation.get('id', count)}"
+        image = images.get(annotation.get("image_id"))
+        label = labels.get(annotation.get("category_id"))
         if image is None or label is None:
-            raise ValueError(f"{path}: annotation {annotation.get('id', count)} is of an image or "
-                             "a category that the file does not have")
+            raise ValueError(f"{name} is of an image or a category that the file does not have")
+        if len(annotation.get("bbox", ())) != 4:
+            raise ValueError(f"{name} has no bbox of x, y, width and height: give it one, or "
+                             "delete the annotation")
         video, number = places[annotation["image_id"]]
         attributes = annotation.get("attributes", {})
         person = annotation.get("track_id", attributes.get("track_id"))

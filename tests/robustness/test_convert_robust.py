@@ -13,7 +13,9 @@ from tests.test_convert import CVAT, coco, convert, labels
     (coco(["x.jpg"], []), ".json", "does not end in the number"),
     (coco(["12.jpg"], []), ".json", "does not tell its video"),
     (coco(["a/1.jpg"], [{"image_id": 99, "category_id": 5, "bbox": [0, 0, 1, 1]}]), ".json",
-     "is of an image or a category")])
+     "is of an image or a category"),
+    (coco(["a/1.jpg"], [{"id": 3, "image_id": 10, "category_id": 5, "bbox": []}]), ".json",
+     "annotation 3 has no bbox of x, y, width and height")])
 def test_what_cannot_be_read_is_named(tmp_path, text, suffix, message):
     with pytest.raises(SystemExit, match=message):
         convert(tmp_path, text, suffix)
