@@ -117,6 +117,8 @@ def jitter_colours(frame, shift):
     from_blue = 4 + (red - green) * scale
     hue = np.where(value == red, from_red, np.where(value == green, from_green, from_blue))
     hue += np.float32(shift[0] / 30)
+    if abs(shift[0]) > 30:                     # what follows holds for less than a circle
+        hue %= 6
     saturation = chroma / np.maximum(value, tiny) + np.float32(shift[1] / 255)
     value = np.clip(value + np.float32(shift[2]), 0, 255)
     chroma = value * np.clip(saturation, 0, 1)

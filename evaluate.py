@@ -29,7 +29,9 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +179,8 @@ def detect(model, dataset, config, device, share=1.0, workers=0, progress=True, 
     found = {name: values[order] for name, values in found.items()}
     about = {"videos": videos, "video_names": dataset.videos, "classes": dataset.class_names,
              "dataset": dataset.name, "config": json.dumps(asdict(config))}
+    if hasattr(dataset, "table"):       # (V, 2): what the boxes count the pixels of
+        about["sizes"] = dataset.table.size
     return found | {name: np.array(value) for name, value in about.items()}
 
 
@@ -360,7 +364,10 @@ def write_results(folder, results, detections=None):
         writer.writerows({"class": name} | values for name, values in per_class.items())
     if detections is not None:
         paths.append(folder / "detections.npz")
-        np.savez(paths[2], **detections)
+        part = folder / "detections.npz.part"   # a file broken off is none
+        with open(part, "wb") as file:
+            np.savez(file, **detections)
+        part.replace(paths[2])
     return paths
 
 
@@ -405,13 +412,32 @@ def read_detections(path):
     """A detections.npz as written by `write_results`; an error when something of it is missing."""
     if not Path(path).is_file():
         raise ValueError(f"detections missing: {path}; evaluate.py --ckpt writes them")
-    with np.load(path, allow_pickle=False) as file:
-        needed = {*ROWS, "videos", "video_names", "classes", "dataset", "config"}
-        missing = needed - set(file.files)
-        if missing:
-            raise ValueError(f"{path} holds no {', '.join(sorted(missing))}; it is no "
-                             "detections.npz of evaluate.py")
-        return dict(file)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            detections = dict(file)
+    except (EOFError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is broken off, or no detections.npz of evaluate.py: {error}; "
+                         "evaluate the checkpoint again") from error
+    missing = {*ROWS, "videos", "video_names", "classes", "dataset", "config"} - set(detections)
+    if missing:
+        raise ValueError(f"{path} holds no {', '.join(sorted(missing))}; it is no "
+                         "detections.npz of evaluate.py")
+    return detections
+
+
+def to_stored_size(detections, dataset, source):
+    """Boxes in the pixels that the data set has now: of frames extracted anew in another size, or,
+    where AVA's or your own annotation is here without frames, in shares of the frame."""
+    if not hasattr(dataset, "table"):
+        return
+    size = dataset.table.size                                           # (V, 2)
+    if "sizes" in detections:
+        scale = (size / detections["sizes"])[detections["video"]]       # (n, 2)
+        detections["box"] = (detections["box"] * scale[:, [1, 0, 1, 0]]).astype(np.float32)
+    elif (size == 1).all():
+        raise ValueError(f"{source} does not say of which size its frames were (it is of an "
+                         f"earlier version), and {dataset.name} has no frames here: evaluate the "
+                         "checkpoint again, or give a --data with the frames")
 
 
 # ---- Table 6 ------------------------------------------------------------------------------------
@@ -592,7 +618,9 @@ def start(device=None):
                              "processes than that, or take --device cpu")
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while one draws a long film, or rank 0 scores a large set.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=2))
     return device, this_rank()[0]
 
 
@@ -715,6 +743,8 @@ def evaluate_split(source, out, args, device, precision):
         raise ValueError(f"{source} is of other videos ({len(detections['video_names'])}) than "
                          f"{dataset.name} has ({len(dataset.videos)}); choose --data, --split and "
                          "--side as they were evaluated")
+    else:
+        to_stored_size(detections, dataset, source)
     tubes = link(detections, config, args.protocol)
     if this_rank()[0] > 0:
         return None

@@ -693,6 +693,7 @@ def show(detector, clips, video, rate, out, names, classes, args):
     actors, frames = find_actors(detector, clips(True), args.min_score)
     name, out = video.replace("/", "_"), Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "tubes.json").unlink(missing_ok=True)        # it says that the others are whole
     paths = [out / f"{name}.mp4", out / f"{name}.png"]
     count, sheet = len(frames["number"]), []
     on_sheet = np.linspace(0, count - 1, SHEET_FRAMES).astype(int).tolist()
@@ -742,9 +743,11 @@ def remembered(args):
     return options | {name: getattr(args, name) for name in REMEMBERED}
 
 
-def is_done(path, args):
-    """Whether there is a tubes.json that was made with the same options."""
-    return path.is_file() and json.loads(path.read_text()).get("options") == remembered(args)
+def is_done(path, args, video):
+    """Whether there is a tubes.json that was made with the same options, later than the video."""
+    if not path.is_file() or path.stat().st_mtime < Path(video).stat().st_mtime:
+        return False
+    return json.loads(path.read_text()).get("options") == remembered(args)
 
 
 def find_videos(sources, out):
@@ -784,7 +787,7 @@ def show_videos(detector, rank, names, classes, args):
         out = root / path.stem if several or not args.out else root
         if (out / f"{path.stem}.mp4").resolve() == path.resolve():
             raise ValueError(f"{path} would be overwritten by its own result: choose another --out")
-        if several and is_done(out / "tubes.json", args):
+        if several and is_done(out / "tubes.json", args, path):
             print(f"{path} is done, by the same options: {out / 'tubes.json'}")
             continue
         try:

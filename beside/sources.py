@@ -161,6 +161,12 @@ def add_boxes(table, rows, path, unit, persons):
     """
     nobody = np.isnan(rows["person"]) & np.isnan(rows["box"]).all(axis=1)      # (R,)
     problems = table.problems + row_problems(table, rows[~nobody], path, unit)
+    empty = rows[nobody]
+    places = [f"{where(row, path, table)} (of {table.num_frames[row['video']]} frames)"
+              for row in empty[beyond_video(table, empty)]]
+    if places:
+        cause = "frames counted from 0; the first is 1" if (empty["frame"] == 0).any() else ""
+        problems.append(problem("frame with nobody that is not in the video", places, cause))
     numbered = np.isfinite(rows["frame"])
     key_frames = np.column_stack([rows["video"], rows["frame"]])[numbered]
     key_frames = np.unique(key_frames.astype(np.int64), axis=0)                # (K, 2)
@@ -196,19 +202,28 @@ def where(row, path, table):
     return f"{path}{line}: {table.videos[row['video']]} frame {row['frame']:g}"
 
 
+def beyond_video(table, rows):
+    """(R,) bool: rows whose frame, a number from 1, or AVA's second, the video does not have."""
+    count = table.num_frames[rows["video"]]                                    # (R,)
+    first, last = 1, count
+    frame = rows["frame"]
+    if table.seconds:
+        first, last = AVA_SECONDS
+        last = np.minimum(last, AVA_START + (count - 1) // AVA_RATE)
+    return (count > 0) & ~((frame >= first) & (frame <= last))
+
+
 def row_problems(table, rows, path, unit):
     """The faults of rows (R,) of boxes, and of videos, as texts; see `add_boxes`."""
-    count = table.num_frames[rows["video"]]                                    # (R,)
     extent = unit[rows["video"]][:, ::-1]                                      # (R, 2) x and y
     low, high = rows["box"][:, :2], rows["box"][:, 2:]                         # (R, 2) each
-    first, last = AVA_SECONDS if table.seconds else (1, count)
     slack = 0.005 * extent         # annotations that count pixels from 1 may end one pixel outside
     classes = len(table.classes)
 
     finite = np.isfinite(rows["box"]).all(axis=1)
     outside = finite & ((low < -slack) | (high > extent + slack)).any(axis=1)
     turned = finite & (high <= low).any(axis=1)
-    beyond = (count > 0) & ~((rows["frame"] >= first) & (rows["frame"] <= last))
+    beyond = beyond_video(table, rows)
     unknown = ~np.isin(rows["label"], np.arange(classes) + 1)
 
     in_shares = (unit == 1).all()
@@ -285,6 +300,9 @@ def sparse_boxes(table):
     if not len(gap):               # persons are not followed: the frames of a video that have boxes
         video, frame = np.unique(np.column_stack([table.video, table.frame]), axis=0).T
         gap = np.diff(frame)[np.diff(video) == 0]
+    if not len(gap) and len(np.unique(table.video)) > 1:
+        return (f"{len(table.box)} boxes, in one frame of each video: key frames? use --preset ava "
+                "(check: --key-frames), or --fill 1 to take them as they are")
     if (gap > 1).sum() * 2 <= len(gap):
         return ""
     usual = np.bincount(gap).argmax()
@@ -454,7 +472,9 @@ def read_image(path, least=(4096, 4096)):
     at a half or less."""
     try:
         with Image.open(path) as file:
-            turned = file.getexif().get(0x0112, 1)         # EXIF's orientation, from 1 to 8
+            turned = file.getexif().get(0x0112)            # EXIF's orientation, from 1 to 8
+            if turned not in range(1, 9):
+                turned = 1
             width, height = least[::-1] if turned > 4 else least
             file.draft("RGB", (2 * width, 2 * height))
             image = ImageOps.exif_transpose(file) if turned > 1 else file

@@ -111,6 +111,31 @@ def test_coco_without_track_ids_will_do_for_key_frames(tmp_path, capsys):
     assert target["present"].tolist() == [[True], [True]]
 
 
+def test_a_box_without_track_id_leaves_the_tracks_as_they_are(tmp_path, capsys):
+    boxes = []
+    for i in range(3):
+        boxes.append({"image_id": 10 + i, "category_id": 5, "bbox": [0, 0, 20, 20], "track_id": 4})
+    boxes.append({"image_id": 11, "category_id": 7, "bbox": [50, 0, 20, 20], "attributes": None})
+    convert(tmp_path, coco([f"kitchen/{i}.jpg" for i in range(3)], boxes), ".json")
+    said = capsys.readouterr().out
+    assert "1 of 4 boxes without track_id" in said and "counts frames from 0 (kitchen/0.jpg)" in said
+    tubes = open_set(tmp_path, "train").ground_truth()[1]
+    assert [(tube["label"], tube["frames"].tolist()) for tube in tubes] == [
+        (0, [1, 2, 3]), (1, [2])]
+
+
+def test_frames_and_videos_whose_boxes_have_no_class_are_said_to_show_nobody(tmp_path):
+    boxes = []
+    for image, action in ((10, "wave"), (11, "none"), (12, "none")):
+        boxes.append({"image_id": image, "category_id": 5, "bbox": [0, 0, 20, 20],
+                      "track_id": 1, "attributes": {"action": action}})
+    content = json.loads(coco(["kitchen/1.jpg", "kitchen/2.jpg", "hall/1.jpg"], boxes))
+    content["categories"] = [{"id": 5, "name": "person"}]
+    convert(tmp_path, json.dumps(content), ".json")
+    lines = (tmp_path / "annotations.csv").read_text().splitlines()
+    assert lines[0] == "hall,1" and lines[1].startswith("kitchen,1,0.0") and lines[2] == "kitchen,2"
+
+
 def test_a_comma_in_a_video_s_name_is_no_column(tmp_path):
     box = {"image_id": 10, "category_id": 5, "bbox": [0, 0, 20, 20], "track_id": 1}
     convert(tmp_path, coco(['a, "b"/1.jpg', 'a, "b"/2.jpg'], [box]), ".json")

@@ -194,7 +194,7 @@ def test_normalised_clips_are_those_of_the_float_pipeline():
 
 
 @pytest.mark.parametrize("shift", [(10, 0, 0), (-7, 128, -40), (0, -300, 0), (3, 20, 128),
-                                   (0, 0, 0)])
+                                   (0, 0, 0), (90, 0, 0), (-75, 9, 0), (170, 0, 0)])
 def test_jitter_is_that_of_hsv(shift):
     frame = np.random.default_rng(3).integers(0, 256, (3, 12, 13)).astype(np.float32)
     frame[:, 0] = frame[:1, 0]                             # greys, among them

@@ -3,6 +3,7 @@ line."""
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ import evaluate
 import metrics
 from beside import synthetic
 from beside.sources import read_label_map
+from data import build_dataset
 from model import PRESETS, VideoActionDetector, scores
+from tests.small_sets import grey_frames, small_ava
 
 ROOT = Path(evaluate.__file__).parent
 CONFIG = replace(PRESETS["synthetic"], frames=6, num_classes=3, num_queries=4, micro_batch=2)
@@ -655,3 +658,36 @@ def test_efficiency_is_of_the_presets_or_the_checkpoint_that_are_named(checkpoin
                         (32, False)]
     text = capsys.readouterr().out
     assert "117.8M" in text and f"{checkpoint}, 4 x 256 x 360" in text
+
+
+def test_saved_detections_score_the_same_on_frames_of_another_size_and_without_any(
+        tmp_path, capsys):
+    """Of real files: boxes count the pixels of frames that may be extracted anew, or be gone."""
+    small_ava(tmp_path)
+    config = replace(PRESETS["ava"], frames=4)
+    dataset = build_dataset("ava", tmp_path, "val", config)
+    truth, _ = dataset.ground_truth()
+    count = len(truth["video"])
+    rng = np.random.default_rng(0)
+    about = {"videos": [0], "video_names": dataset.videos, "classes": dataset.class_names,
+             "dataset": "ava", "config": json.dumps(asdict(config)), "sizes": dataset.table.size}
+    found = {"video": truth["video"], "frame": truth["frame"], "box": truth["box"] + 1,
+             "class_prob": rng.random((count, 80)), "conf": np.ones(count), **about}
+    np.savez(tmp_path / "saved.npz", **found)
+    del found["sizes"]                                      # as earlier versions wrote it
+    np.savez(tmp_path / "old.npz", **found)
+
+    def scored(name):
+        evaluate.main(["--detections", str(tmp_path / name), "--data", str(tmp_path), "--dataset",
+                       "ava", "--out", str(tmp_path / "out"), "--device", "cpu"])
+        boxes = (tmp_path / "out" / "detections.csv").read_text()
+        return json.loads((tmp_path / "out" / "metrics.json").read_text())["f-mAP@0.5"], boxes
+
+    first = scored("saved.npz")
+    assert first[0] > 0 and scored("old.npz") == first
+    grey_frames(tmp_path / "frames/vid", "vid_{:06d}.jpg", 100, size=(128, 96))
+    assert scored("saved.npz") == first
+    shutil.rmtree(tmp_path / "frames")
+    assert scored("saved.npz") == first
+    with pytest.raises(SystemExit, match="old.npz does not say of which size its frames were"):
+        scored("old.npz")

@@ -309,6 +309,14 @@ def test_images_of_every_mode_are_scaled_right(tmp_path):
     assert np.abs(np.asarray(read_image(tmp_path / "cmyk.jpg")).astype(int) - [255, 0, 0]).max() < 9
 
 
+def test_an_orientation_that_is_no_number_is_upright(tmp_path):
+    entry = bytes.fromhex("0112 0002 00000003") + b"up\0\0"       # tag, ASCII, three letters
+    exif = b"Exif\0\0MM\0*" + bytes.fromhex("00000008 0001") + entry + bytes(4)
+    Image.new("RGB", (16, 12)).save(tmp_path / "a.jpg", exif=exif)
+    assert Image.open(tmp_path / "a.jpg").getexif()[0x0112] == "up"
+    assert sources.read_image(tmp_path / "a.jpg").size == (16, 12)
+
+
 def test_a_large_jpeg_is_decoded_at_a_fraction_that_still_exceeds_the_need(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -138,8 +138,20 @@ def read_coco(path):
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no COCO file with images, annotations and categories "
                          f"({error!r})") from error
-    places = {key: video_and_number(image["file_name"]) for key, image in images.items()}
-    first = min([1, *(number for _, number in places.values())])
+    places = {}                    # id of an image -> its video, its number
+    names = {}                     # the same, the other way round, with the image's name
+    for key, image in images.items():
+        place = video_and_number(image["file_name"])
+        if place in names:
+            raise ValueError(f"{path}: {names[place]} and {image['file_name']} are both frame "
+                             f"{place[1]} of {place[0]}: give videos names of their own, in the "
+                             "folder of the frames or in front of their number")
+        names[place] = image["file_name"]
+        places[key] = place
+    first = min([1, *(number for _, number in names)])
+    if first == 0:
+        (zero, *_) = [name for (_, number), name in names.items() if number == 0]
+        print(f"{path} counts frames from 0 ({zero}): all are numbered one higher here")
     boxes, empty = [], {video: set() for video, _ in places.values()}
     for video, number in places.values():
         empty[video].add(number + 1 - first)
@@ -149,20 +161,24 @@ def read_coco(path):
         label = labels.get(annotation.get("category_id"))
         if image is None or label is None:
             raise ValueError(f"{name} is of an image or a category that the file does not have")
-        if len(annotation.get("bbox", ())) != 4:
+        if len(annotation.get("bbox") or ()) != 4:
             raise ValueError(f"{name} has no bbox of x, y, width and height: give it one, or "
                              "delete the annotation")
         video, number = places[annotation["image_id"]]
-        attributes = annotation.get("attributes", {})
+        attributes = annotation.get("attributes") or {}
         person = annotation.get("track_id", attributes.get("track_id"))
         x, y, w, h = annotation["bbox"]
         corners = shares((x, y, x + w, y + h), image["width"], image["height"])
         frame = number + 1 - first
         boxes.append(Box(video, frame, person, corners, label, attributes))
         empty[video].discard(frame)
-    if any(box.person is None for box in boxes):
-        print(f"{path}: boxes without track_id; each is a person of its own, as key frames have it")
-        boxes = [box._replace(person=number) for number, box in enumerate(boxes, 1)]
+    untracked = [number for number, box in enumerate(boxes) if box.person is None]
+    if untracked:
+        print(f"{path}: {len(untracked)} of {len(boxes)} boxes without track_id; each of these is "
+              "a person of its own, as key frames have it")
+        last = max((box.person for box in boxes if box.person is not None), default=0)
+        for person, number in enumerate(untracked, last + 1):
+            boxes[number] = boxes[number]._replace(person=person)
     return boxes, {video: sorted(frames) for video, frames in empty.items()}, [*labels.values()]
 
 
@@ -191,6 +207,9 @@ def convert(args):
                 found, nobody, names = read(path)
             except KeyError as error:
                 raise ValueError(f"{path}: an image or an annotation has no {error}") from error
+            except (TypeError, AttributeError, ZeroDivisionError) as error:
+                raise ValueError(f"{path}: an image, an annotation or a track is not as the "
+                                 f"format has it ({error})") from error
             twice = sorted(set(empty) & set(nobody))
             if twice:
                 raise ValueError(f"{path} has boxes of {twice[0]}, and so has a file before it")
@@ -220,10 +239,14 @@ def convert(args):
             row = f"{box.frame},{corners},{classes.index(name) + 1},{box.person}"
             row = f"{quoted[box.video]},{row}"
             rows.append((box.video, box.frame, row))
+    # Frames with nobody: those said to be so, and those of which no box is left.
+    nobody = {(box.video, box.frame) for box in boxes}
     for video, frames in empty.items():
+        nobody |= {(video, frame) for frame in frames}
         if not frames and all(box.video != video for box in boxes):
-            frames = [1]           # a video with nobody in it
-        rows += [(video, frame, f"{quoted[video]},{frame}") for frame in frames]
+            nobody.add((video, 1))     # a video with nobody in it
+    nobody -= {(video, frame) for video, frame, _ in rows}
+    rows += [(video, frame, f"{quoted[video]},{frame}") for video, frame in nobody]
     root.mkdir(parents=True, exist_ok=True)
     target.write_text("".join(row + "\n" for _, _, row in sorted(rows)), "utf-8")
     listed.write_text("".join(name + "\n" for name in classes), "utf-8")

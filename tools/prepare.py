@@ -308,8 +308,12 @@ def check(args):
             datasets += sides
     lines = faults.lines()
     if not lines:
-        contact_sheet(datasets, sheet, args.clips)
-        print(f"clips with their boxes: {sheet}; look at it")
+        try:
+            contact_sheet(datasets, sheet, args.clips)
+            print(f"clips with their boxes: {sheet}; look at it")
+        except (OSError, ValueError) as error:     # of a frame that --every left out
+            faults.add("frame that cannot be read", str(error))
+            lines = faults.lines()
     print(*lines, sep="\n", end="\n" if lines else "")
     print(f"{counted(len(lines), 'fault')}: {args.dataset} in {args.data} may "
           f"{'NOT ' if lines else ''}be trained on")

@@ -15,7 +15,13 @@ from tests.test_convert import CVAT, coco, convert, labels
     (coco(["a/1.jpg"], [{"image_id": 99, "category_id": 5, "bbox": [0, 0, 1, 1]}]), ".json",
      "is of an image or a category"),
     (coco(["a/1.jpg"], [{"id": 3, "image_id": 10, "category_id": 5, "bbox": []}]), ".json",
-     "annotation 3 has no bbox of x, y, width and height")])
+     "annotation 3 has no bbox of x, y, width and height"),
+    (coco(["a/1.jpg"], [{"id": 3, "image_id": 10, "category_id": 5, "bbox": None}]), ".json",
+     "annotation 3 has no bbox"),
+    (coco(["a/1.jpg"], [{"image_id": 10, "category_id": 5, "bbox": ["0", "0", "1", "1"]}]),
+     ".json", "made.json: an image, an annotation or a track is not as the format has it"),
+    (coco(["one/img/1.jpg", "two/img/1.jpg"], []), ".json",
+     "one/img/1.jpg and two/img/1.jpg are both frame 1 of img: give videos names of their own")])
 def test_what_cannot_be_read_is_named(tmp_path, text, suffix, message):
     with pytest.raises(SystemExit, match=message):
         convert(tmp_path, text, suffix)

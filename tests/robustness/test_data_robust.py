@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from data import build_dataset
-from tests.small_sets import annots_mat, small_own, small_ucf, write_csv, write_video
+from tests.small_sets import (annots_mat, grey_frames, small_ava, small_own, small_ucf, write_csv,
+                              write_video)
 from tests.test_data import KEY, UCF
 
 
@@ -79,6 +80,31 @@ def test_sparse_boxes_are_refused_and_filled_on_demand(tmp_path):
     filled = build_dataset("custom", tmp_path, "train", UCF, fill=5)
     assert filled.ground_truth()[1][0]["frames"].tolist() == list(range(1, 17))
     assert len(build_dataset("custom", tmp_path, "train", KEY)) == 4
+
+
+def test_one_box_a_video_is_taken_for_key_frames(tmp_path):
+    small_own(tmp_path)
+    grey_frames(tmp_path / "frames/c", "{:05d}.jpg", 20)
+    rows = [(video, 5, .1, .1, .5, .5, 1, 1) for video in "abc"]
+    write_csv(tmp_path / "annotations.csv", rows)
+    with pytest.raises(ValueError, match="2 boxes, in one frame of each video: key frames"):
+        build_dataset("custom", tmp_path, "train", UCF)
+    assert len(build_dataset("custom", tmp_path, "train", KEY)) == 2
+    assert len(build_dataset("custom", tmp_path, "train", UCF, fill=1).table.box) == 2
+
+
+def test_annotated_frames_that_the_video_does_not_have_are_refused(tmp_path):
+    small_own(tmp_path)
+    with (tmp_path / "annotations.csv").open("a") as file:
+        file.write("a,0\na,21\n")
+    message = "(?s)frame with nobody that is not in the video, 2 times; .*counted from 0.*frame 21"
+    with pytest.raises(ValueError, match=message):
+        build_dataset("custom", tmp_path, "train", KEY)
+    small_ava(tmp_path / "ava")
+    for number in range(91, 101):                           # second 903 is frame 91
+        (tmp_path / f"ava/frames/vid/vid_{number:06d}.jpg").unlink()
+    with pytest.raises(ValueError, match="(?s)not in the video.*vid frame 903.*of 90 frames"):
+        build_dataset("ava", tmp_path / "ava", "val", KEY)
 
 
 def test_missing_videos_are_refused_and_left_out_on_demand(tmp_path, capsys):

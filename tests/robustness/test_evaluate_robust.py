@@ -44,6 +44,12 @@ def test_files_that_hold_no_detections_are_errors(tmp_path):
         evaluate.read_detections(tmp_path / "other.npz")
     with pytest.raises(ValueError, match="detections missing: .*nowhere.npz"):
         evaluate.read_detections(tmp_path / "nowhere.npz")
+    whole = (tmp_path / "other.npz").read_bytes()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for content in (b"", whole[:100], b"text", (tmp_path / "array.npy").read_bytes()):
+        (tmp_path / "cut.npz").write_bytes(content)
+        with pytest.raises(ValueError, match="cut.npz is broken off, or no detections.npz"):
+            evaluate.read_detections(tmp_path / "cut.npz")
 
 
 def test_precisions_that_there_are_not():

@@ -1,5 +1,6 @@
 """visualize.py: bad input, wrong options, short videos, folders that were left half done."""
 import json
+import os
 import sys
 import tracemalloc
 from dataclasses import asdict, replace
@@ -127,6 +128,27 @@ def test_folders_without_videos_and_names_that_clash_are_refused(tmp_path, comma
         write_video(tmp_path / "in" / name, 3)
     with pytest.raises(SystemExit, match="several videos are called a"):
         command("--video", tmp_path / "in", "--out", tmp_path / "out")
+
+
+def test_a_video_is_done_again_if_it_is_newer_or_was_cut_off(tmp_path, command, capsys,
+                                                             monkeypatch):
+    (tmp_path / "in").mkdir()
+    path = write_video(tmp_path / "in" / "a.mp4", 3)
+    options = ("--video", tmp_path / "in", "--out", tmp_path / "out", "--no-maps")
+    tubes = tmp_path / "out" / "a" / "tubes.json"
+    command(*options)
+    command(*options)
+    assert "is done, by the same options" in capsys.readouterr().out
+    later = tubes.stat().st_mtime + 5
+    os.utime(path, (later, later))
+
+    def broken(*arguments):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(visualize, "save_video", broken)
+        with pytest.raises(KeyboardInterrupt):
+            command(*options)
+    assert not tubes.exists(), "what is half drawn is not done"
 
 
 def test_a_signal_ends_a_folder_of_videos_and_is_no_broken_video(tmp_path, command, monkeypatch):
