@@ -184,7 +184,10 @@ def test_actors_of_the_same_frames_differ_in_colour_and_later_ones_take_it_over(
     visualize.choose_colours(actors)
     chosen = [visualize.COLOURS.index(actor["colour"]) for actor in actors]
     assert chosen == [0, 1, 1, 0, 1, 2]
-    visualize.choose_colours([{"first": 1, "last": 9} for _ in range(25)])          # more than 10
+    crowd = [{"first": 1, "last": 9} for _ in range(25)]                            # more than 10
+    visualize.choose_colours(crowd)
+    colours = [actor["colour"] for actor in crowd]
+    assert set(colours[:10]) == set(visualize.COLOURS) and set(colours) == set(visualize.COLOURS)
 
 
 def test_tubes_are_written_with_rounded_numbers_and_their_actor(tmp_path):

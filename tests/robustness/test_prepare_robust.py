@@ -218,7 +218,12 @@ def test_an_empty_annotation_is_a_fault(tmp_path, content, message, capsys):
 
 def test_the_sheet_has_names_of_any_script_and_length(tmp_path):
     small_own(tmp_path)
-    (tmp_path / "classes.txt").write_text("прыжок\n" + "a very long name " * 9 + "\n", "utf-8")
     grey_frames(tmp_path / "frames/b", "{:05d}.jpg", 9, size=(48, 64))     # upright
-    assert check("custom", tmp_path) == 0
-    assert np.asarray(Image.open(tmp_path / "out/sheet.png")).std() > 5
+    sheets = []
+    for names in ("прыжок\n" + "a very long name " * 9, "прыжок\n" + "a very long name " * 30,
+                  "\u4e00\u4e01\n" + "a very long name " * 9):
+        (tmp_path / "classes.txt").write_text(names + "\n", "utf-8")
+        assert check("custom", tmp_path) == 0
+        sheets.append(np.asarray(Image.open(tmp_path / "out/sheet.png")))
+    assert np.array_equal(*sheets[:2]), "a long name is cut at the picture's width"
+    assert not np.array_equal(sheets[0], sheets[2]), "Cyrillic is not drawn as what has no letter"
