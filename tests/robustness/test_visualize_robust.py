@@ -1,6 +1,7 @@
 """visualize.py: bad input, wrong options, short videos, folders that were left half done."""
 import json
 import os
+import subprocess
 import sys
 import tracemalloc
 from dataclasses import asdict, replace
@@ -128,6 +129,21 @@ def test_folders_without_videos_and_names_that_clash_are_refused(tmp_path, comma
         write_video(tmp_path / "in" / name, 3)
     with pytest.raises(SystemExit, match="several videos are called a"):
         command("--video", tmp_path / "in", "--out", tmp_path / "out")
+
+
+def test_two_processes_draw_a_folder_and_say_at_the_end_what_could_not_be_read(tmp_path, command):
+    (tmp_path / "in").mkdir()
+    for name in "ac":
+        write_video(tmp_path / "in" / f"{name}.mp4", 3)
+    (tmp_path / "in" / "b.mp4").write_bytes(b"no video")
+    command("--clip", 0, "--out", tmp_path / "first", "--no-maps", names=None, num_classes=9)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         visualize.__file__, "--ckpt", tmp_path / "c.pt", "--device", "cpu", "--no-maps",
+         "--video", tmp_path / "in", "--out", tmp_path / "out"],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and "1 video could not be read:" in done.stdout + done.stderr
+    assert sorted(path.parent.name for path in (tmp_path / "out").rglob("tubes.json")) == ["a", "c"]
 
 
 def test_a_video_is_done_again_if_it_is_newer_or_was_cut_off(tmp_path, command, capsys,
