@@ -118,7 +118,7 @@ def test_a_box_without_track_id_leaves_the_tracks_as_they_are(tmp_path, capsys):
     boxes.append({"image_id": 11, "category_id": 7, "bbox": [50, 0, 20, 20], "attributes": None})
     convert(tmp_path, coco([f"kitchen/{i}.jpg" for i in range(3)], boxes), ".json")
     said = capsys.readouterr().out
-    assert "1 of 4 boxes without track_id" in said and "counts frames from 0 (kitchen/0.jpg)" in said
+    assert "1 of 4 boxes without track_id" in said and "counts frames from 0" in said
     tubes = open_set(tmp_path, "train").ground_truth()[1]
     assert [(tube["label"], tube["frames"].tolist()) for tube in tubes] == [
         (0, [1, 2, 3]), (1, [2])]

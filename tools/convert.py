@@ -150,8 +150,7 @@ def read_coco(path):
         places[key] = place
     first = min([1, *(number for _, number in names)])
     if first == 0:
-        (zero, *_) = [name for (_, number), name in names.items() if number == 0]
-        print(f"{path} counts frames from 0 ({zero}): all are numbered one higher here")
+        print(f"{path} counts frames from 0: all are numbered one higher here")
     boxes, empty = [], {video: set() for video, _ in places.values()}
     for video, number in places.values():
         empty[video].add(number + 1 - first)
@@ -172,12 +171,17 @@ def read_coco(path):
         frame = number + 1 - first
         boxes.append(Box(video, frame, person, corners, label, attributes))
         empty[video].discard(frame)
-    untracked = [number for number, box in enumerate(boxes) if box.person is None]
+    untracked = []
+    known = [0]
+    for number, box in enumerate(boxes):
+        if box.person is None:
+            untracked.append(number)
+        else:
+            known.append(box.person)
     if untracked:
         print(f"{path}: {len(untracked)} of {len(boxes)} boxes without track_id; each of these is "
               "a person of its own, as key frames have it")
-        last = max((box.person for box in boxes if box.person is not None), default=0)
-        for person, number in enumerate(untracked, last + 1):
+        for person, number in enumerate(untracked, max(known) + 1):
             boxes[number] = boxes[number]._replace(person=person)
     return boxes, {video: sorted(frames) for video, frames in empty.items()}, [*labels.values()]
 
