@@ -168,6 +168,14 @@ def test_runs_of_the_same_time_see_as_many_clips_as_their_speed_allows(tmp_path,
         in text
 
 
+def test_a_run_that_something_slowed_does_not_set_the_same_time(tmp_path):
+    for seed, speed in enumerate((10.0, 5.0, 10.0)):
+        write_run(experiments.folder_of(tmp_path, FULL, seed), FULL, seed, speed=speed)
+        folder = experiments.folder_of(tmp_path, "levels mean", seed)
+        write_run(folder, "levels mean", seed, speed=20.0)
+    assert experiments.same_time(tmp_path, "levels mean") == 2 * 2880
+
+
 def test_tables_have_means_with_intervals_and_differences_paired_by_seed(tmp_path, monkeypatch):
     ours, theirs = [0.8, 0.7, 0.75, 0.5], [0.7, 0.65, 0.61]
     for seed, value in enumerate(ours):

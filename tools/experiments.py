@@ -177,7 +177,8 @@ def same_time(out, row):
                          "run the command without it first")
     ratios = [speed(own[seed]) / speed(full[seed]) for seed in seeds]
     config = saved_config(full[min(seeds)])
-    steps = config.clips_per_epoch / config.batch_size * np.mean(ratios)
+    # The median: a run may have been slowed by something beside it.
+    steps = config.clips_per_epoch / config.batch_size * np.median(ratios)
     return round(steps) * config.batch_size
 
 
