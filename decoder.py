@@ -411,7 +411,8 @@ class Decoder(nn.Module):
 
     def class_predictions(self, predictions, outputs, memory, key_pos, padding, size, gate,
                           return_attention):
-        """Adds "pred_logits" (F, A, C) to the predictions; returns the last layer's maps or None.
+        """Adds "pred_logits" (F, A, C) to the predictions and, if asked, "attention" (F, A, C, H,
+        W), with return_attention="heads" (F, A, C, M, H, W).
 
         Without a gate nothing here depends on values, so that nothing waits for the GPU.
         """
@@ -420,18 +421,19 @@ class Decoder(nn.Module):
         if gate > 0:
             per_frame.append(predictions[-1]["pred_conf"].sigmoid() >= gate)  # keep (F, A)
         classify = partial(self.classify, size, return_attention)
-        logits, *attention = in_pieces(classify, PIECE, *per_frame)
+        logits, *maps = in_pieces(classify, PIECE, *per_frame)
         for number, prediction in enumerate(predictions):
             prediction["pred_logits"] = logits[:, :, number]
-        return attention[0].unflatten(-1, size) if return_attention else None
+            if return_attention:
+                prediction["attention"] = maps[number].unflatten(-1, size)
 
     def classify(self, size, return_attention, memory, key_pos, padding, f, P, shares, keep=None):
         """All classifying layers: f, P (F, Y, A, D), shares (F, Y, A, L), keep (F, A) or None.
 
-        Returns the class logits (F, A, Y, C) and, if asked, the last layer's maps (F, A, ...).
+        Returns the class logits (F, A, Y, C) and, if asked, the maps of each layer (F, A, ...).
         """
         queries = self.class_queries[None]  # (1, C, D)
-        logits = []
+        logits, maps = [], []
         for number in range(len(self.classifying)):
             arguments = (number, size, queries, memory, key_pos, padding,
                          f[:, number], P[:, number], shares[:, number], keep)
@@ -443,14 +445,15 @@ class Decoder(nn.Module):
             # A class feature's logit. The mean of a LayerNorm is no constant: its learned weight
             # makes it a linear read-out. Benchmark presets put a loss on the last layer alone.
             logits.append(self.logit_dropout(self.class_norm(queries)).mean(-1).float())
-        results = [torch.stack(logits, 1)]  # (I, Y, C)
-        if return_attention == "heads":
-            results.append(attention.transpose(1, 2))  # (I, C, M, N)
-        elif return_attention:
-            results.append(attention.mean(1))  # (I, C, N)
+            if return_attention == "heads":
+                maps.append(attention.transpose(1, 2))  # (I, C, M, N)
+            elif return_attention:
+                maps.append(attention.mean(1))  # (I, C, N)
+        results = [torch.stack(logits, 1), *maps]  # (I, Y, C), then a layer's maps each
         if keep is None:
             return tuple(part.unflatten(0, (len(f), -1)) for part in results)  # (F, A, ...)
-        return tuple(back_to_actors(part, keep, fill) for part, fill in zip(results, (-1e4, 0.0)))
+        fills = [-1e4] + [0.0] * len(maps)
+        return tuple(back_to_actors(part, keep, fill) for part, fill in zip(results, fills))
 
     def classify_layer(self, number, size, queries, memory, key_pos, padding, f, P, shares, keep):
         """Classifying layer `number` on all pairs of some frames, or where keep (F, A) is True."""
@@ -472,15 +475,16 @@ class Decoder(nn.Module):
         Returns a list with a dict for each layer: pred_boxes (F, A, 4), pred_conf (F, A) and
         pred_logits (F, A, C), logits whose sigmoid is in model.scores, all float32; and the class
         attention maps of the last layer, the mean over heads (F, A, C, H, W), with
-        return_attention="heads" (F, A, C, M, H, W), or None. Actors whose confidence is below
-        `gate` are not classified: their logits are -1e4.
+        return_attention="heads" (F, A, C, M, H, W), or None; earlier layers have theirs in their
+        dicts, as "attention". Actors whose confidence is below `gate` are not classified: their
+        logits are -1e4.
         """
         size = tuple(memory.shape[2:4])
         memory, key_pos, padding = memory.flatten(2, 3), key_pos.flatten(1, 2), padding.flatten(1)
         predictions, outputs = self.localize(memory, key_pos, padding, anchors, actors)
-        attention = self.class_predictions(predictions, outputs, memory, key_pos, padding, size,
-                                           gate, return_attention)
-        return predictions, attention
+        self.class_predictions(predictions, outputs, memory, key_pos, padding, size, gate,
+                               return_attention)
+        return predictions, predictions[-1].pop("attention", None)
 
 
 def back_to_actors(part, keep, fill):

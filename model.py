@@ -309,7 +309,7 @@ class VideoActionDetector(nn.Module):
         Returns pred_boxes (B, T, A, 4) cx, cy, w, h in [0, 1] of the clip's own unpadded frame,
         pred_logits (B, T, A, C), pred_conf (B, T, A) logit, aux_outputs (the same of each earlier
         layer), all float32; and if asked attention (B, T, A, C, H', W'), the mean over heads, or
-        with return_attention="heads" (B, T, A, C, M, H', W').
+        with return_attention="heads" (B, T, A, C, M, H', W'), earlier layers' in aux_outputs.
         """
         config = self.config
         batch, _, num_frames, height, width = clips.shape

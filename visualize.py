@@ -10,8 +10,9 @@ Each but the last writes NAME.mp4 (every frame, at its time, without sound), NAM
 tubes.json and tubes.csv; several videos have a folder each. A picture has a panel with the tubes,
 one colour an actor, and panels with the class attention maps in the colours of the actors they
 belong to: one panel a class of --classes, or a single one with each actor's best class. A map is
-the last layer's, the mean over heads, bilinear between cells and divided by its own maximum, so
-that brightness does not compare between maps. Half of the heads of the benchmark presets look alike
+the last classifying layer's or --layer's, the mean over heads, bilinear between cells and divided
+by its own maximum, so that brightness does not compare between maps. Layers differ: what one has
+read at a place the next need not look for. Half of the heads of the benchmark presets look alike
 for every class; --heads content leaves them out. White boxes are the annotation's, where there is
 one. --look-from adds NAME-points.png, the sampling points of the encoder. Clips are read twice, one
 at a time: first for the tubes, then to draw.
@@ -31,6 +32,7 @@ import json
 import os
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +59,8 @@ SHEET_FRAMES = 6            # frames of a video that NAME.png shows
 FIGURE_WIDTH = 1152         # pixels of an attention sheet
 FIGURE_LETTERS = 16         # pixels of its letters
 FIGURE_CLIPS = 40           # clips that are looked at for one
-REMEMBERED = ("set", "precision", "classes", "heads", "maps", "look_from", "min_score", "top",
-              "width")      # options that tubes.json names
+REMEMBERED = ("set", "precision", "classes", "heads", "layer", "maps", "look_from", "min_score",
+              "top", "width")       # options that tubes.json names
 
 
 # ---- what the model sees ----
@@ -70,13 +72,14 @@ class Detector:
     config: object
     device: torch.device
     precision: torch.dtype | None = None        # of autocast, None without
+    layer: int | None = None                    # whose attention is drawn, from 1; None: the last
 
 
 def detect_clip(detector, clip, target, heads=None):
     """The model on one clip (3, T, H, W) -> (detections, attention).
 
-    detections: `evaluate.rows` of the clip's frames as (frames, A, ...) arrays; attention: the last
-    decoder layer's maps (T, A, C, H', W'), the mean over "all" heads or over the "content" heads,
+    detections: `evaluate.rows` of the clip's frames as (frames, A, ...) arrays; attention: maps (T,
+    A, C, H', W') of the detector's layer, the mean over "all" heads or over the "content" heads,
     those that see no position with the quirk split_heads; None without `heads`.
     """
     device, dtype = detector.device, detector.precision
@@ -89,10 +92,17 @@ def detect_clip(detector, clip, target, heads=None):
         detections[name] = values.reshape(-1, queries, *values.shape[1:])    # (frames, A, ...)
     if heads is None:
         return detections, None
-    attention = out["attention"][0]
+    attention = class_maps(out, detector.layer)[0]
     if heads == "content":
         attention = content_heads(attention)    # (T, A, C, M, H', W') -> (T, A, C, H', W')
     return detections, attention.float().cpu().numpy()
+
+
+def class_maps(out, layer=None):
+    """The attention maps of a classifying layer, counted from 1, or of the last one."""
+    if layer is None:
+        return out["attention"]
+    return [*out["aux_outputs"], out][layer - 1]["attention"]
 
 
 def frame_slots(target):
@@ -285,9 +295,10 @@ def draw_frame(frame, width):
 
 # ---- one actor, a map for each of its labels (Fig. 2) ----
 
-def attention_sheet(model, dataset, config, path, device, clips=3):
+def attention_sheet(model, dataset, config, path, device, clips=3, layer=None):
     """A PNG with a line for each of some clips: a frame, and for one actor of it the class
-    attention of each of its labels (three at most), from the query that lies best on it. White:
+    attention of each of its labels (three at most), from the query that lies best on it, as
+    classifying layer `layer` has it, from 1, or the last one. White:
     what the context label is caused by, where the data set knows it; beside that label, the share
     of its attention that lies there.
 
@@ -313,7 +324,7 @@ def attention_sheet(model, dataset, config, path, device, clips=3):
     was_training = model.training
     model.eval()
     for moment in moments:
-        moment |= look_at(model, dataset, moment, config, device)
+        moment |= look_at(model, dataset, moment, config, device, layer)
     model.train(was_training)
     if caused:
         middle = np.median([moment["share"] for moment in moments])
@@ -340,7 +351,7 @@ def busiest_moment(target):
     return moments[len(moments) // 2]
 
 
-def look_at(model, dataset, moment, config, device):
+def look_at(model, dataset, moment, config, device, layer=None):
     """The query that lies best on a moment's actor: its "box" x1, y1, x2, y2 in [0, 1], "scores"
     (C,) and "maps" (C, H', W'); with a cause also its box "cause", the "context" label that it
     causes and the "share" of that label's attention on it."""
@@ -351,7 +362,7 @@ def look_at(model, dataset, moment, config, device):
     boxes = cxcywh_to_xyxy(out["pred_boxes"][0, t].float()).cpu().numpy()    # (A, 4)
     truth = cxcywh_to_xyxy(target["boxes"][actor, t]).numpy()                # (4,)
     query = int(box_iou(boxes, truth).argmax())
-    maps = out["attention"][0, t, query].float().cpu().numpy()               # (C, H', W')
+    maps = class_maps(out, layer)[0, t, query].float().cpu().numpy()         # (C, H', W')
     seen = {"box": boxes[query], "scores": scores(out, config)[0, t, query].cpu().numpy(),
             "maps": maps}
     if moment["rank"][1]:
@@ -400,55 +411,80 @@ def attention_shares(model, dataset, config, device, share=1.0):
     """What the figure shows, in numbers over the data set, or a share of its clips: where the
     attention of an actor's labels lies, for each class group: {"outside", "cause", "area"}: its
     share outside of the actor's box; that on the cause of the actor's context label, where it has
-    one, whichever the group; and the share of the frame that this cause covers.
+    one, whichever the group; and the share of the frame that this cause covers. These are of the
+    last classifying layer; of an earlier one there is "cause, layer N", N from 1.
 
-    The last layer's maps of the queries that are matched with the actors, mean over heads; means
-    over frames, actors and labels, NaN where there is none. {} for data sets whose targets do not
-    have "cause": all but the synthetic one. Under torch.distributed each rank takes its share of
-    the clips and has the result of all.
+    The maps of the queries that are matched with the actors, mean over heads; means over frames,
+    actors and labels, NaN where there is none. {} for data sets whose targets do not have "cause":
+    all but the synthetic one. Under torch.distributed each rank takes its share of the clips and
+    has the result of all.
     """
     if "cause" not in dataset[0][1]:
         return {}
     rank, world = this_rank()
     count = max(1, round(share * len(dataset)))
     indices = np.linspace(0, len(dataset) - 1, count).astype(int)[rank::world].tolist()
-    groups = list(dataset.class_groups)
-    group_of = {c: number for number, group in enumerate(groups)
-                for c in dataset.class_groups[group]}
-    sums = np.zeros((len(groups), 3, 2))                    # of values, and how many there are
+    group_of = {c: group for group, classes in dataset.class_groups.items() for c in classes}
+    found = {group: {"outside": [], "cause": [], "area": []} for group in dataset.class_groups}
     was_training = model.training
     model.eval()
     for clips, _, targets in DataLoader(Subset(dataset, indices), 8, collate_fn=collate):
         with torch.inference_mode():
             out = model(clips.to(device), return_attention=True)
-        attention = out["attention"].float().cpu().numpy()  # (B, T, A, C, H', W')
+        layers = [layer["attention"] for layer in (*out.get("aux_outputs", ()), out)]
+        attention = torch.stack(layers).float().cpu().numpy()       # (S, B, T, A, C, H', W')
+        for columns, number in product(found.values(), range(1, len(layers))):
+            columns.setdefault(f"cause, layer {number}", [])
         for b, t, query, n in torch.stack(match(out, targets, config), 1).cpu().tolist():
-            maps, target = attention[b, t, query], targets[b]
-            own = cover(cxcywh_to_xyxy(target["boxes"][n, t]), maps.shape[1:])
-            cause = cover(cxcywh_to_xyxy(target["cause"][n, t]), maps.shape[1:])
+            target, maps = targets[b], attention[:, b, t, query]                # (S, C, H', W')
+            own = cover(cxcywh_to_xyxy(target["boxes"][n, t]), maps.shape[2:])
+            cause = cover(cxcywh_to_xyxy(target["cause"][n, t]), maps.shape[2:])
             for c in target["labels"][n, t].nonzero()[:, 0].tolist():
-                of_class = maps[c] / max(maps[c].sum(), 1e-12)      # a shut gate leaves zeros
-                values = np.array([1 - (of_class * own).sum(), (of_class * cause).sum(),
-                                   cause.mean()])
-                sums[group_of[c], :, 0] += np.nan_to_num(values)
-                sums[group_of[c], :, 1] += ~np.isnan(values)
+                whole = maps[:, c].sum((1, 2)).clip(min=1e-12)  # a shut gate leaves zeros
+                of_box = (maps[:, c] * own).sum((1, 2)) / whole                 # (S,)
+                *earlier, last = (maps[:, c] * cause).sum((1, 2)) / whole
+                values = {"outside": 1 - of_box[-1], "cause": last, "area": cause.mean()}
+                for number, value in enumerate(earlier, 1):
+                    values[f"cause, layer {number}"] = value
+                for name, value in values.items():
+                    found[group_of[c]][name].append(float(value))
     model.train(was_training)
+    of_ranks = [found]
     if world > 1:
         of_ranks = [None] * world
-        dist.all_gather_object(of_ranks, sums)
-        sums = sum(of_ranks)
-    total, count = sums[..., 0], sums[..., 1]
-    means = np.where(count, total / count.clip(min=1), np.nan).tolist()
-    names = ("outside", "cause", "area")
-    return {group: dict(zip(names, row)) for group, row in zip(groups, means)}
+        dist.all_gather_object(of_ranks, found)
+    return {group: mean_shares([of_rank[group] for of_rank in of_ranks]) for group in found}
+
+
+def mean_shares(parts):
+    """{name: list of values} of each rank -> {name: their mean without NaN, NaN where none is}."""
+    columns = {}
+    for part in parts:
+        for name, values in part.items():
+            columns.setdefault(name, []).extend(values)
+    shares = {}
+    for name, values in columns.items():
+        known = np.array(values)[~np.isnan(values)]
+        shares[name] = float(known.mean()) if len(known) else float("nan")
+    return shares
 
 
 def say_shares(shares):
-    """`attention_shares` as a sentence."""
+    """`attention_shares` as a sentence; the last layer's numbers stand last."""
     area = np.mean([of_group["area"] for of_group in shares.values()])
-    said = ", ".join(f"{group} {of_group['cause']:.3f}" for group, of_group in shares.items())
+    columns = []
+    for name in next(iter(shares.values())):
+        if name.startswith("cause, layer"):
+            columns.append(name)
+    columns.append("cause")
+    said = []
+    for number, name in enumerate(columns, 1):
+        of_layer = ", ".join(f"{group} {of_group[name]:.3f}" for group, of_group in shares.items())
+        if len(columns) > 1:
+            of_layer = f"classifying layer {number}: {of_layer}"
+        said.append(of_layer)
     return ("attention of an actor's labels on what causes its context label, which covers "
-            f"{area:.3f} of the frame: {said}")
+            f"{area:.3f} of the frame: " + "; ".join(said))
 
 
 # ---- the encoder's sampling points ----
@@ -819,6 +855,8 @@ def arguments(argv=None):
         help="whose attention is drawn (default: each actor's best)")
     add("--heads", choices=("all", "content"), default="all",
         help="whose mean the attention is; content: those that see content alone")
+    add("--layer", type=at_least(1), metavar="N",
+        help="whose attention it is, of the classifying layers, from 1 (default: the last)")
     add("--no-maps", dest="maps", action="store_false", help="tubes without attention, sooner")
     add("--look-from", nargs=2, type=share, metavar=("X", "Y"),
         help="draw the encoder's sampling points too, from the cell at this place of the first "
@@ -900,12 +938,14 @@ def draw_all(args, device, rank, precision):
     if args.heads == "content" and "split_heads" not in config.quirks:
         raise ValueError(f"--heads content: no heads of {args.ckpt} see content alone (no quirk "
                          "split_heads)")
+    if args.layer and args.layer > config.decoder_layers:
+        raise ValueError(f"--layer {args.layer}: {args.ckpt} has {config.decoder_layers}")
     if args.look_from and config.encoder == "transformer":
         raise ValueError(f"--look-from: the ordinary transformer encoder of {args.ckpt} has no "
                          "sampling points, every cell looks at every cell")
     if rank == 0:
         print(f"{args.ckpt} is {checkpoint['kind']}")
-    detector = Detector(model, config, device, precision)
+    detector = Detector(model, config, device, precision, args.layer)
     if args.video:
         if checkpoint["dataset"] == "synthetic" and rank == 0:
             print(f"{args.ckpt} knows the drawn figures of the synthetic set, and no real video")
@@ -923,7 +963,7 @@ def draw_all(args, device, rank, precision):
     trained = checkpoint.get("settings", {}) | {"dataset": checkpoint["dataset"]}
     dataset = open_dataset(args, config, checkpoint["classes"], args.ckpt, trained)
     if args.figure:
-        if attention_sheet(model, dataset, config, args.figure, device, clips=1):
+        if attention_sheet(model, dataset, config, args.figure, device, 1, args.layer):
             print(f"wrote {args.figure}")
         return
     show_clips(detector, dataset, chosen_classes(args.classes, dataset.class_names), args)

@@ -75,9 +75,7 @@ def keep_levels(backbone, neck, levels):
 
 def one_map(attention, num_classes, num_heads, size, return_attention):
     """The actors' maps (F, A, N) as class attention maps, the same for every class (and head):
-    (F, A, C, H, W), with return_attention="heads" (F, A, C, M, H, W), or None."""
-    if not return_attention:
-        return None
+    (F, A, C, H, W), with return_attention="heads" (F, A, C, M, H, W)."""
     maps = attention.unflatten(-1, size)[:, :, None]  # (F, A, 1, H, W)
     if return_attention == "heads":
         return maps[:, :, :, None].expand(-1, -1, num_classes, num_heads, -1, -1)
@@ -94,8 +92,10 @@ class LinearClassDecoder(Decoder):
                           return_attention):
         for prediction, output in zip(predictions, outputs):
             prediction["pred_logits"] = self.class_head(output["actors"]).float()  # (F, A, C)
-        return one_map(outputs[-1]["attention"], self.class_head.out_features,
-                       self.localizing[-1].num_heads, size, return_attention)
+            if return_attention:
+                prediction["attention"] = one_map(
+                    output["attention"], self.class_head.out_features,
+                    self.localizing[-1].num_heads, size, return_attention)
 
 
 class DETRDecoder(nn.Module):
@@ -153,8 +153,10 @@ class DETRDecoder(nn.Module):
             predictions.append({"pred_boxes": self.box_head(normed).float().sigmoid(),
                                 "pred_conf": self.confidence_head(normed)[..., 0].float(),
                                 "pred_logits": self.class_head(normed).float()})
-        num_classes = self.class_head.out_features
-        return predictions, one_map(attention, num_classes, self.num_heads, size, return_attention)
+            if return_attention:
+                predictions[-1]["attention"] = one_map(
+                    attention, self.class_head.out_features, self.num_heads, size, return_attention)
+        return predictions, predictions[-1].pop("attention", None)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -196,6 +196,8 @@ def test_without_class_queries_the_heads_share_a_feature_and_the_map_is_the_acto
         predictions, maps = decoder(*frame_inputs(), return_attention=True)
         assert torch.allclose(predictions[-1]["pred_logits"], decoder.class_head(seen[-1]))
     assert maps.shape == (3, 3, 5, 2, 4) and torch.equal(maps[:, :, 3].flatten(2), seen[1])
+    first = predictions[0]["attention"]
+    assert first.shape == maps.shape and not torch.equal(first, maps)
 
 
 def test_detrs_decoder_looks_at_the_mean_of_the_levels_and_not_at_padding():

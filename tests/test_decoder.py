@@ -212,6 +212,22 @@ def test_in_pieces_as_in_one(gate, monkeypatch):
     assert torch.allclose(maps.sum((-2, -1)), classified[..., None].float(), atol=1e-5)
 
 
+@pytest.mark.parametrize("gate", [0.0, 0.5])
+def test_each_layer_has_the_maps_of_its_own_class_attention(gate):
+    decoder, arguments = make_decoder(num_layers=3), inputs(frames=3)
+    seen = []  # (I, M, C, N) each
+    for layer in decoder.classifying:
+        layer.register_forward_hook(lambda module, args, out: seen.append(out[1]))
+    with torch.no_grad():
+        predictions, last = decoder(*arguments, gate=gate, return_attention=True)
+    maps = [layer["attention"] for layer in predictions[:-1]] + [last]
+    classified = predictions[-1]["pred_conf"].sigmoid() >= gate
+    for of_layer, of_pairs in zip(maps, seen, strict=True):
+        assert torch.allclose(of_layer[classified].flatten(2), of_pairs.mean(1), atol=1e-6)
+        assert (of_layer[~classified] == 0).all()
+    assert "attention" not in decoder(*arguments, gate=gate)[0][0], "not asked for"
+
+
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_recomputed_classifying_layers_have_the_same_gradients(num_layers):
     decoder, arguments = make_decoder(num_layers), inputs()

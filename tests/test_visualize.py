@@ -137,6 +137,23 @@ def test_content_heads_are_those_of_split_heads():
 
 # ---- tubes ----
 
+def test_the_maps_are_those_of_the_detector_s_layer():
+    clip, target, _ = clip_of(size=(64, 96))
+    model = VideoActionDetector(CONFIG).eval()
+    with torch.no_grad():
+        out = model(clip[None], return_attention=True)
+    expected = {1: out["aux_outputs"][0], 2: out, None: out}
+    for layer, outputs in expected.items():
+        detector = visualize.Detector(model, CONFIG, torch.device("cpu"), layer=layer)
+        maps = visualize.detect_clip(detector, clip, target, "all")[1]
+        np.testing.assert_allclose(maps, outputs["attention"][0].numpy(), atol=1e-6)
+    dataset = Labelled()
+    moment = visualize.busiest_moment(dataset[1][1]) | {"clip": 1}
+    first, last = (visualize.look_at(model, dataset, moment, CONFIG, "cpu", layer)["maps"]
+                   for layer in (1, None))
+    assert np.abs(first - last).max() > 1e-4
+
+
 def test_tubes_in_one_place_are_one_actor_and_boxes_are_drawn_where_they_are():
     clips = [clip_of(), clip_of(first=9)]
     actors, frames, pictures = drawn(clips)
@@ -372,6 +389,24 @@ def test_attention_shares_of_maps_that_are_known(monkeypatch):
     assert shares["detail"]["outside"] > 0.9 and shares["detail"]["cause"] < 0.05
     said = visualize.say_shares(shares)
     assert said.endswith(f"context {shares['context']['cause']:.3f}")
+
+    def looks_twice(images, return_attention):
+        out = looks(images, return_attention)
+        earlier = out["attention"].roll(3, dims=3)      # detail looks everywhere, context at a corner
+        return out | {"aux_outputs": [{"attention": earlier}]}
+
+    model.forward = looks_twice
+    by_layer = visualize.attention_shares(model, dataset, config, "cpu")
+    for group in shares:
+        first = by_layer[group].pop("cause, layer 1")
+        assert by_layer[group] == pytest.approx(shares[group]), "the last layer's"
+        expected = 0.0 if group == "context" else shares[group]["area"]
+        assert first == pytest.approx(expected, abs=0.01 if group == "context" else 1e-4)
+        by_layer[group]["cause, layer 1"] = first
+    said = visualize.say_shares(by_layer)
+    assert "classifying layer 1: own motion" in said
+    assert said.endswith(f"context {shares['context']['cause']:.3f}")
+    model.forward = looks
     half = visualize.attention_shares(model, dataset, config, "cpu", 0.5)
     assert 0 < abs(half["context"]["cause"] - shares["context"]["cause"]) < 0.02
 

@@ -216,7 +216,8 @@ def test_where_nothing_is_found_the_message_says_why(tmp_path, command, capsys):
     ("--top 0", "--top: 0: must be"), ("--width 10", "--width: 10: must be at least 320"),
     ("--rate 0", "--rate 0.0 is not"), ("--look-from 0.5 2", "--look-from: 2 is not in"),
     ("--classes fly", "unknown class fly"), ("--video-name nobody", "no video 'nobody'"),
-    ("--heads content", "no quirk split_heads"),
+    ("--heads content", "no quirk split_heads"), ("--layer 3", "--layer 3: "),
+    ("--layer 0", "--layer: 0: must be at least 1"),
     ("--video-name nobody --set sampling_rate=2", "--video-name with sampling_rate 2")])
 def test_options_that_cannot_be_are_refused_by_name(command, options, message, capsys):
     with pytest.raises(SystemExit) as ended:
