@@ -470,21 +470,19 @@ def mean_shares(parts):
 
 
 def say_shares(shares):
-    """`attention_shares` as a sentence; the last layer's numbers stand last."""
+    """`attention_shares` in words, a line for each layer."""
     area = np.mean([of_group["area"] for of_group in shares.values()])
     columns = []
     for name in next(iter(shares.values())):
         if name.startswith("cause, layer"):
             columns.append(name)
     columns.append("cause")
-    said = []
+    lines = ["attention of an actor's labels on what causes its context label, which covers "
+             f"{area:.3f} of the frame:"]
     for number, name in enumerate(columns, 1):
         of_layer = ", ".join(f"{group} {of_group[name]:.3f}" for group, of_group in shares.items())
-        if len(columns) > 1:
-            of_layer = f"classifying layer {number}: {of_layer}"
-        said.append(of_layer)
-    return ("attention of an actor's labels on what causes its context label, which covers "
-            f"{area:.3f} of the frame: " + "; ".join(said))
+        lines.append(f"  decoder layer {number} of {len(columns)}: {of_layer}")
+    return "\n".join(lines)
 
 
 # ---- the encoder's sampling points ----

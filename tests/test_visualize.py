@@ -404,7 +404,7 @@ def test_attention_shares_of_maps_that_are_known(monkeypatch):
         assert first == pytest.approx(expected, abs=0.01 if group == "context" else 1e-4)
         by_layer[group]["cause, layer 1"] = first
     said = visualize.say_shares(by_layer)
-    assert "classifying layer 1: own motion" in said
+    assert "\n  decoder layer 1 of 2: own motion" in said
     assert said.endswith(f"context {shares['context']['cause']:.3f}")
     model.forward = looks
     half = visualize.attention_shares(model, dataset, config, "cpu", 0.5)
