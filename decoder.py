@@ -475,9 +475,9 @@ class Decoder(nn.Module):
         Returns a list with a dict for each layer: pred_boxes (F, A, 4), pred_conf (F, A) and
         pred_logits (F, A, C), logits whose sigmoid is in model.scores, all float32; and the class
         attention maps of the last layer, the mean over heads (F, A, C, H, W), with
-        return_attention="heads" (F, A, C, M, H, W), or None; earlier layers have theirs in their
-        dicts, as "attention". Actors whose confidence is below `gate` are not classified: their
-        logits are -1e4.
+        return_attention="heads" (F, A, C, M, H, W), or None. Earlier layers have theirs in their
+        dicts, as "attention": asked for, all Y are held. Actors whose confidence is below `gate`
+        are not classified: their logits are -1e4.
         """
         size = tuple(memory.shape[2:4])
         memory, key_pos, padding = memory.flatten(2, 3), key_pos.flatten(1, 2), padding.flatten(1)

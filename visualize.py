@@ -10,12 +10,12 @@ Each but the last writes NAME.mp4 (every frame, at its time, without sound), NAM
 tubes.json and tubes.csv; several videos have a folder each. A picture has a panel with the tubes,
 one colour an actor, and panels with the class attention maps in the colours of the actors they
 belong to: one panel a class of --classes, or a single one with each actor's best class. A map is
-the last classifying layer's or --layer's, the mean over heads, bilinear between cells and divided
-by its own maximum, so that brightness does not compare between maps. Layers differ: what one has
-read at a place the next need not look for. Half of the heads of the benchmark presets look alike
-for every class; --heads content leaves them out. White boxes are the annotation's, where there is
-one. --look-from adds NAME-points.png, the sampling points of the encoder. Clips are read twice, one
-at a time: first for the tubes, then to draw.
+the last decoder layer's or --layer's, the mean over heads, bilinear between cells and divided by
+its own maximum, so that brightness does not compare between maps. Layers differ in where they look.
+Half of the heads of the benchmark presets look alike for every class; --heads content leaves them
+out. White boxes are the annotation's, where there is one. --look-from adds NAME-points.png, the
+sampling points of the encoder. Clips are read twice, one at a time: first for the tubes, then to
+draw.
 
 tubes.json: {"video", "rate" (frames a second), "size" (height, width), "classes", "options",
 "actors": [{"actor" (from 1), "colour", "tubes": [{"label", "score", "frames" (k 1-based numbers),
@@ -32,7 +32,6 @@ import json
 import os
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +98,7 @@ def detect_clip(detector, clip, target, heads=None):
 
 
 def class_maps(out, layer=None):
-    """The attention maps of a classifying layer, counted from 1, or of the last one."""
+    """The attention maps of a decoder layer, counted from 1, or of the last one."""
     if layer is None:
         return out["attention"]
     return [*out["aux_outputs"], out][layer - 1]["attention"]
@@ -297,10 +296,9 @@ def draw_frame(frame, width):
 
 def attention_sheet(model, dataset, config, path, device, clips=3, layer=None):
     """A PNG with a line for each of some clips: a frame, and for one actor of it the class
-    attention of each of its labels (three at most), from the query that lies best on it, as
-    classifying layer `layer` has it, from 1, or the last one. White:
-    what the context label is caused by, where the data set knows it; beside that label, the share
-    of its attention that lies there.
+    attention of each of its labels (three at most), from the query that lies best on it, in decoder
+    layer `layer`, from 1, or the last one. White: what the context label is caused by, where the
+    data set knows it; beside that label, the share of its attention that lies there.
 
     The rule by which clips are chosen: of 40 clips spread evenly over the data set, those with an
     actor that has three labels at once, or the most there are; of these, the ones whose share on
@@ -412,7 +410,7 @@ def attention_shares(model, dataset, config, device, share=1.0):
     attention of an actor's labels lies, for each class group: {"outside", "cause", "area"}: its
     share outside of the actor's box; that on the cause of the actor's context label, where it has
     one, whichever the group; and the share of the frame that this cause covers. These are of the
-    last classifying layer; of an earlier one there is "cause, layer N", N from 1.
+    last decoder layer; of an earlier one there is "cause, layer N", N from 1.
 
     The maps of the queries that are matched with the actors, mean over heads; means over frames,
     actors and labels, NaN where there is none. {} for data sets whose targets do not have "cause":
@@ -433,8 +431,9 @@ def attention_shares(model, dataset, config, device, share=1.0):
             out = model(clips.to(device), return_attention=True)
         layers = [layer["attention"] for layer in (*out.get("aux_outputs", ()), out)]
         attention = torch.stack(layers).float().cpu().numpy()       # (S, B, T, A, C, H', W')
-        for columns, number in product(found.values(), range(1, len(layers))):
-            columns.setdefault(f"cause, layer {number}", [])
+        for of_group in found.values():
+            for number in range(1, len(layers)):
+                of_group.setdefault(f"cause, layer {number}", [])
         for b, t, query, n in torch.stack(match(out, targets, config), 1).cpu().tolist():
             target, maps = targets[b], attention[:, b, t, query]                # (S, C, H', W')
             own = cover(cxcywh_to_xyxy(target["boxes"][n, t]), maps.shape[2:])
@@ -854,7 +853,7 @@ def arguments(argv=None):
     add("--heads", choices=("all", "content"), default="all",
         help="whose mean the attention is; content: those that see content alone")
     add("--layer", type=at_least(1), metavar="N",
-        help="whose attention it is, of the classifying layers, from 1 (default: the last)")
+        help="of the decoder, whose attention it is, from 1 (default: the last)")
     add("--no-maps", dest="maps", action="store_false", help="tubes without attention, sooner")
     add("--look-from", nargs=2, type=share, metavar=("X", "Y"),
         help="draw the encoder's sampling points too, from the cell at this place of the first "
@@ -937,7 +936,8 @@ def draw_all(args, device, rank, precision):
         raise ValueError(f"--heads content: no heads of {args.ckpt} see content alone (no quirk "
                          "split_heads)")
     if args.layer and args.layer > config.decoder_layers:
-        raise ValueError(f"--layer {args.layer}: {args.ckpt} has {config.decoder_layers}")
+        raise ValueError(f"--layer {args.layer}: {args.ckpt} has {config.decoder_layers} decoder "
+                         "layers")
     if args.look_from and config.encoder == "transformer":
         raise ValueError(f"--look-from: the ordinary transformer encoder of {args.ckpt} has no "
                          "sampling points, every cell looks at every cell")
