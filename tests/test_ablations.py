@@ -191,13 +191,14 @@ def test_without_class_queries_the_heads_share_a_feature_and_the_map_is_the_acto
     decoder = LinearClassDecoder(localizing, [], 16, 3, 2, 5, frequencies(8)).eval()
     seen = []
     decoder.norm.register_forward_hook(lambda module, args, out: seen.append(out))
-    localizing[1].register_forward_hook(lambda module, args, out: seen.append(out[3]))
+    for layer in localizing:
+        layer.register_forward_hook(lambda module, args, out: seen.append(out[3]))
     with torch.no_grad():
         predictions, maps = decoder(*frame_inputs(), return_attention=True)
         assert torch.allclose(predictions[-1]["pred_logits"], decoder.class_head(seen[-1]))
-    assert maps.shape == (3, 3, 5, 2, 4) and torch.equal(maps[:, :, 3].flatten(2), seen[1])
-    first = predictions[0]["attention"]
-    assert first.shape == maps.shape and not torch.equal(first, maps)
+    for of_layer, of_actors in ((predictions[0]["attention"], seen[0]), (maps, seen[2])):
+        assert of_layer.shape == (3, 3, 5, 2, 4)
+        assert torch.equal(of_layer[:, :, 3].flatten(2), of_actors)
 
 
 def test_detrs_decoder_looks_at_the_mean_of_the_levels_and_not_at_padding():
@@ -215,4 +216,6 @@ def test_detrs_decoder_looks_at_the_mean_of_the_levels_and_not_at_padding():
         assert torch.allclose(value, same[-1][name], atol=1e-5)
         assert torch.allclose(value, hidden[-1][name], atol=1e-5)
     assert maps[1][..., 3].abs().max() == 0
-    assert torch.allclose(maps.sum((-2, -1)), torch.ones(1), atol=1e-5)
+    for of_layer in (predictions[0]["attention"], maps):
+        assert torch.allclose(of_layer.sum((-2, -1)), torch.ones(1), atol=1e-5)
+    assert not torch.equal(predictions[0]["attention"], maps)
