@@ -8,8 +8,9 @@ architecture:
     - they are added to the maps as well: the convolutional stem knows no places;
     - the keys' positions are of space alone, laid out as the anchors' are;
     - actor embeddings are learned (the paper's start at zero and stay there).
-`Config.initialisation = "small"` is where training starts: an actor, and half of the heads of each
-of its classes, look at and around the actor's own box; the encoder samples half as far as the
+`Config.initialisation = "small"` is where training starts: an actor, and in the first classifying
+layer half of the heads of each of its classes, look at and around the actor's own box; in later
+layers all heads of a class but one look anywhere else; the encoder samples half as far as the
 paper's.
 `Config.offset_rate = 0.1` in its recipe: the encoder's sampling offsets learn at a tenth of the
 rate, as Deformable DETR's do. At the full rate they brought causes to the actor on some seeds, and
@@ -66,6 +67,19 @@ class PlacedEncoder(DeformableEncoder):
 @torch.no_grad()
 def initialise_small(model):
     """Called on a model that was initialised as the paper's is."""
+    start_at_actors(model)
+    for number, layer in enumerate(getattr(model.decoder, "classifying", ())):
+        if number == 0:
+            strengths = half_close(layer.num_heads)
+        else:
+            strengths = mostly_away(layer.num_heads)
+        start_looking(layer, strengths)
+
+
+@torch.no_grad()
+def start_at_actors(model):
+    """Anchors, P, what localizing layers look at, scores, sampling offsets: all of the start but
+    that of class attention."""
     # From the usual distances, up to two cells of the coarse map, the encoder brings causes to the
     # actor's cells before class attention has looked for them.
     for layer in model.encoder.layers:
@@ -93,8 +107,6 @@ def initialise_small(model):
             strengths = torch.linspace(2, 1, layer.num_heads)  # (M,)
             projection.weight.copy_(by_place(strengths, projection.in_features).flatten(0, 1))
             nn.init.zeros_(projection.bias)
-    for layer in getattr(decoder, "classifying", ()):
-        look_at_the_actor(layer)
 
 
 def anchors_around(num_queries):
@@ -116,17 +128,35 @@ def start_constant(mlp, bias):
 def by_place(strengths, dim):
     """Projection of a position of D/2 channels each for y and x, (M, D/M, D), by which a query
     finds its own place: each of M heads has some sine-cosine pairs of both axes, of its strength: 2
-    is a narrow look, 0.5 a wide one."""
+    is a narrow look, 0.5 a wide one; a negative one, against the same of keys, looks elsewhere."""
     pairs = torch.arange(dim).view(2, -1, len(strengths), 2)  # (axis, pair of a head, M, 2)
     order = pairs.permute(2, 0, 1, 3).flatten(1)  # (M, D/M)
     return torch.eye(dim)[order] * torch.as_tensor(strengths)[:, None, None]
 
 
-def look_at_the_actor(layer):
-    """Half of each head of a classifying layer is content, half position. Half of the heads start
-    close to the actor, for every class; the others are hardly bound to it. In trials the loose
-    heads moved on to causes far from the actor, sooner than heads of content alone; the close ones
-    stayed. What is of the class in a query is doubled: else heads moved for all classes alike."""
+def half_close(num_heads):
+    """Strengths (M,) of the first classifying layer: half of the heads start close to the actor,
+    for every class, the others are hardly bound to it. In trials the loose heads moved on to causes
+    far from the actor, sooner than heads of content alone; the close ones stayed."""
+    strengths = torch.full((num_heads,), 2.0)
+    strengths[(num_heads + 1) // 2:] = 0.5
+    return strengths
+
+
+def mostly_away(num_heads):
+    """Strengths (M,) of the later ones: the first layer has read the actor, and one head may go
+    there again. In trials loose heads were as likely to end there, and how many of a layer found
+    the cause was a matter of the seed; those that start away from the actor all looked for it."""
+    strengths = torch.full((num_heads,), -1.0)
+    strengths[0] = 0.5
+    return strengths
+
+
+@torch.no_grad()
+def start_looking(layer, strengths):
+    """Half of each head of a classifying layer is content, half position: as close to the actor as
+    `strengths` (M,) says, for every class. What is of the class in a query is doubled: else heads
+    moved for all classes alike."""
     dim, heads = layer.output.in_features, layer.num_heads
     # Quirk split_heads: keys are positions as they are, some heads have y, the others x.
     if hasattr(layer, "query_position"):
@@ -135,13 +165,12 @@ def look_at_the_actor(layer):
     if not hasattr(layer, "query"):
         return
     if layer.query.in_features > dim:  # else there are no positions in Eq. 1 (Table 3)
-        strengths = torch.full((heads,), 2.0)  # (M,)
-        strengths[(heads + 1) // 2:] = 0.5
-        place = by_place(strengths, dim)  # (M, D/M, D)
-        for weight in (layer.query.weight, layer.key.weight):
+        place_of = (by_place(strengths, dim), by_place(strengths.abs(), dim))  # (M, D/M, D) each
+        for weight, place in zip((layer.query.weight, layer.key.weight), place_of):
             content = nn.init.xavier_uniform_(torch.empty(dim, dim))
             content = content.view(heads, -1, dim)  # (M, D/M, D)
             of_content = torch.cat([content, torch.zeros_like(place)], -1)  # (M, D/M, 2D)
             of_place = torch.cat([torch.zeros_like(content), place], -1)  # (M, D/M, 2D)
             weight.copy_(torch.cat([of_content, of_place], 1).flatten(0, 1))  # (M * 2D/M, 2D)
     layer.query.weight[:, :dim].mul_(2)  # the columns of the class query
+

@@ -43,6 +43,13 @@ def test_every_decoder_takes_the_maps_and_gives_classes_and_their_attention(name
     torch.testing.assert_close(attention.sum((-1, -2)), torch.ones(3, 2, 6))
 
 
+def test_half_of_the_class_heads_of_each_layer_start_close_to_the_actor():
+    for layer in PlantedMaps(FULL, 2).decoder.classifying:
+        for weight in (layer.query.weight, layer.key.weight):
+            strengths = weight.view(4, 32, 128)[:, 16:, 64:].sum((1, 2)) / 16  # (M,)
+            assert strengths.tolist() == [2, 2, 0.5, 0.5]
+
+
 def test_a_cell_holds_its_position_and_what_stands_in_it():
     model, scenes = PlantedMaps(FULL, 2), scenes_of(5, 2)
     maps = model.maps(scenes)

@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
+from beside.small import half_close, start_at_actors, start_looking
 from model import PRESETS, VideoActionDetector
 
 HEIGHT, WIDTH = 6, 8
@@ -70,9 +71,15 @@ def draw_scenes(count, num_places, generator):
 
 
 def make_decoder(name, num_places):
-    """The synthetic preset's decoder for one map, as it starts, and the cells' positions (N, D)."""
+    """The synthetic preset's decoder for one map, and the cells' positions (N, D). It starts as the
+    small model does, but for class attention: half of the heads of each layer close to the actor,
+    the start for which the setting was found."""
     sizes = {"num_queries": ACTORS, "num_classes": num_places * KINDS, "num_levels": 1}
-    model = VideoActionDetector(replace(PRESETS["synthetic"], **sizes, **DECODERS[name]))
+    config = replace(PRESETS["synthetic"], initialisation="paper", **sizes, **DECODERS[name])
+    model = VideoActionDetector(config)
+    start_at_actors(model)
+    for layer in getattr(model.decoder, "classifying", ()):
+        start_looking(layer, half_close(layer.num_heads))
     position = model.key_table(torch.zeros(1, 1, HEIGHT, WIDTH, dtype=torch.bool))
     return model.decoder, position.flatten(0, 3)  # (1, 1, H, W, D) -> (N, D)
 
