@@ -68,11 +68,10 @@ def initialise_small(model):
     """Called on a model that was initialised as the paper's is."""
     start_at_actors(model)
     for number, layer in enumerate(getattr(model.decoder, "classifying", ())):
-        if number == 0:
-            strengths = half_close(layer.num_heads)
-        else:
-            strengths = half_away(layer.num_heads)
-        start_looking(layer, strengths)
+        # In trials the first layer's loose heads moved on to causes far from the actor, sooner than
+        # heads of content alone; the close ones stayed. The last layer's loose heads ended at the
+        # actor as often as at a cause, by the seed; of those that start away most found one.
+        start_looking(layer, others=0.5 if number == 0 else -1)
 
 
 @torch.no_grad()
@@ -133,29 +132,12 @@ def by_place(strengths, dim):
     return torch.eye(dim)[order] * torch.as_tensor(strengths)[:, None, None]
 
 
-def half_close(num_heads):
-    """Strengths (M,) of the first classifying layer: half of the heads start close to the actor,
-    for every class, the others are hardly bound to it. In trials the loose heads moved on to causes
-    far from the actor, sooner than heads of content alone; the close ones stayed."""
-    strengths = torch.full((num_heads,), 2.0)
-    strengths[(num_heads + 1) // 2:] = 0.5
-    return strengths
-
-
-def half_away(num_heads):
-    """Strengths (M,) of later classifying layers: half of the heads start close to the actor, the
-    others anywhere else. In trials loose heads of the last layer ended at the actor as often as at
-    a cause, and how many found it was a matter of the seed; of those away most did."""
-    strengths = torch.full((num_heads,), 2.0)
-    strengths[(num_heads + 1) // 2:] = -1.0
-    return strengths
-
-
 @torch.no_grad()
-def start_looking(layer, strengths):
-    """Half of each head of a classifying layer is content, half position: as close to the actor as
-    `strengths` (M,) says, for every class. What is of the class in a query is doubled: else heads
-    moved for all classes alike."""
+def start_looking(layer, others):
+    """Half of each head of a classifying layer is content, half position. Half of the heads start
+    close to the actor, for every class; the strength of the `others` is 0.5, hardly bound to it, or
+    -1, away from it. What is of the class in a query is doubled: else heads moved for all classes
+    alike."""
     dim, heads = layer.output.in_features, layer.num_heads
     # Quirk split_heads: keys are positions as they are, some heads have y, the others x.
     if hasattr(layer, "query_position"):
@@ -164,6 +146,8 @@ def start_looking(layer, strengths):
     if not hasattr(layer, "query"):
         return
     if layer.query.in_features > dim:  # else there are no positions in Eq. 1 (Table 3)
+        strengths = torch.full((heads,), 2.0)  # (M,)
+        strengths[(heads + 1) // 2:] = others
         place_of = (by_place(strengths, dim), by_place(strengths.abs(), dim))  # (M, D/M, D) each
         for weight, place in zip((layer.query.weight, layer.key.weight), place_of):
             content = nn.init.xavier_uniform_(torch.empty(dim, dim))

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from beside.small import half_close, start_at_actors, start_looking
+from beside.small import start_at_actors, start_looking
 from model import PRESETS, VideoActionDetector
 
 HEIGHT, WIDTH = 6, 8
@@ -79,7 +79,7 @@ def make_decoder(name, num_places):
     model = VideoActionDetector(config)
     start_at_actors(model)
     for layer in getattr(model.decoder, "classifying", ()):
-        start_looking(layer, half_close(layer.num_heads))
+        start_looking(layer, others=0.5)
     position = model.key_table(torch.zeros(1, 1, HEIGHT, WIDTH, dtype=torch.bool))
     return model.decoder, position.flatten(0, 3)  # (1, 1, H, W, D) -> (N, D)
 
