@@ -5,10 +5,10 @@ quirk, a name in `Config.quirks`; the benchmark presets (ucf, jhmdb, ava, ava_cs
 them active, the synthetic preset none. `--set quirks=` takes the names of those to keep.
 
 What they cost was measured on the synthetic set, one active at a time, seed 0, from the pre-trained
-stem (docs/experiments.md), f-mAP and v-mAP against .921 and .647 of the model without: split_heads
-.875 .594, grid_edge .891 .604, bare_output .897 .637; three_way_confidence .912 .637,
-anchor_before_norm .914 .643 and offset_axes .919 .647 are within what seeds differ by. The other
-four change nothing there.
+stem and with an earlier start of class attention (docs/experiments.md), f-mAP and v-mAP against
+.921 and .647 of the model without: split_heads .875 .594, grid_edge .891 .604, bare_output .897
+.637; three_way_confidence .912 .637, anchor_before_norm .914 .643 and offset_axes .919 .647 are
+within what seeds differ by. The other four change nothing there.
 
 position_pairs (encoder.py)
     Sine and cosine of a pair of channels differ in frequency, in the tables of maps and keys; the

@@ -68,16 +68,16 @@ def initialise_small(model):
     """Called on a model that was initialised as the paper's is."""
     start_at_actors(model)
     for number, layer in enumerate(getattr(model.decoder, "classifying", ())):
-        # In trials the first layer's loose heads moved on to causes far from the actor, sooner than
-        # heads of content alone; the close ones stayed. The last layer's loose heads ended at the
-        # actor as often as at a cause, by the seed; of those that start away most found one.
-        start_looking(layer, others=0.5 if number == 0 else -1)
+        # In trials heads of the first layer that are hardly bound to the actor moved on to causes
+        # far from it, sooner than heads without positions; the close ones stayed. Such heads of the
+        # next layer ended at the actor as often as at a cause; of those away most found one.
+        start_looking(layer, other_strength=0.5 if number == 0 else -1)
 
 
 @torch.no_grad()
 def start_at_actors(model):
-    """Anchors, P, what localizing layers look at, scores, sampling offsets: all of the start but
-    that of class attention."""
+    """Anchors, P, what localizing layers look at, class queries, scores, sampling offsets: all of
+    the start but where class attention looks."""
     # From the usual distances, up to two cells of the coarse map, the encoder brings causes to the
     # actor's cells before class attention has looked for them.
     for layer in model.encoder.layers:
@@ -126,20 +126,22 @@ def start_constant(mlp, bias):
 def by_place(strengths, dim):
     """Projection of a position of D/2 channels each for y and x, (M, D/M, D), by which a query
     finds its own place: each of M heads has some sine-cosine pairs of both axes, of its strength: 2
-    is a narrow look, 0.5 a wide one; a negative one, against the same of keys, looks elsewhere."""
+    is a narrow look, 0.5 a wide one. Negative in the query and positive in the key it is a look
+    anywhere else."""
     pairs = torch.arange(dim).view(2, -1, len(strengths), 2)  # (axis, pair of a head, M, 2)
     order = pairs.permute(2, 0, 1, 3).flatten(1)  # (M, D/M)
     return torch.eye(dim)[order] * torch.as_tensor(strengths)[:, None, None]
 
 
 @torch.no_grad()
-def start_looking(layer, others):
-    """Half of each head of a classifying layer is content, half position. Half of the heads start
-    close to the actor, for every class; the strength of the `others` is 0.5, hardly bound to it, or
-    -1, away from it. What is of the class in a query is doubled: else heads moved for all classes
-    alike."""
+def start_looking(layer, other_strength):
+    """Half of each head of a classifying layer is content, half position. Half of the heads
+    (rounded up) start close to the actor, for every class; the others' strength is 0.5, hardly
+    bound to it, or -1, away from it (without effect where Eq. 1 has no positions, Table 3, and with
+    the quirk split_heads). What is of the class in a query is doubled: else heads moved for all
+    classes alike."""
     dim, heads = layer.output.in_features, layer.num_heads
-    # Quirk split_heads: keys are positions as they are, some heads have y, the others x.
+    # Quirk split_heads: keys are positions as they are, half of the heads have y, half x.
     if hasattr(layer, "query_position"):
         strength = torch.linspace(2, 1, heads).repeat_interleave(dim // heads)  # (D,)
         layer.query_position.weight.copy_(torch.diag(strength))
@@ -147,7 +149,7 @@ def start_looking(layer, others):
         return
     if layer.query.in_features > dim:  # else there are no positions in Eq. 1 (Table 3)
         strengths = torch.full((heads,), 2.0)  # (M,)
-        strengths[(heads + 1) // 2:] = others
+        strengths[(heads + 1) // 2:] = other_strength
         place_of = (by_place(strengths, dim), by_place(strengths.abs(), dim))  # (M, D/M, D) each
         for weight, place in zip((layer.query.weight, layer.key.weight), place_of):
             content = nn.init.xavier_uniform_(torch.empty(dim, dim))
@@ -156,4 +158,3 @@ def start_looking(layer, others):
             of_place = torch.cat([torch.zeros_like(content), place], -1)  # (M, D/M, 2D)
             weight.copy_(torch.cat([of_content, of_place], 1).flatten(0, 1))  # (M * 2D/M, 2D)
     layer.query.weight[:, :dim].mul_(2)  # the columns of the class query
-

@@ -58,16 +58,16 @@ def test_half_of_the_class_heads_start_at_the_actor_and_the_last_layers_others_a
 def test_what_is_of_the_class_is_doubled_in_the_queries_of_the_class_heads_alone():
     torch.manual_seed(0)
     model = VideoActionDetector(PRESETS["synthetic"])
-    places = [[2, 2, 0.5, 0.5], [2, 2, -1, -1]]  # how close each head starts to the actor
-    for layer, of_layer in zip(model.decoder.classifying, places, strict=True):
+    strengths_of_layers = [[2, 2, 0.5, 0.5], [2, 2, -1, -1]]  # negative: away from the actor
+    for layer, of_heads in zip(model.decoder.classifying, strengths_of_layers, strict=True):
         query, key = (weight.view(4, 32, 128) for weight in (layer.query.weight, layer.key.weight))
         bound = (6 / 128) ** 0.5  # Xavier's of 64 channels to 64
         assert 1.8 * bound < query[:, :16, :64].abs().max() <= 2.001 * bound
         assert 0.9 * bound < key[:, :16, :64].abs().max() <= 1.001 * bound
-        strengths = torch.tensor(of_layer)  # (M,)
+        strengths = torch.tensor(of_heads)  # (M,)
         assert torch.equal(query[:, 16:].sum((1, 2)) / 16, strengths)
         sign = strengths.sign()[:, None, None]
-        assert torch.equal(query[:, 16:], sign * key[:, 16:]), "the place is as in the keys"
+        assert torch.equal(query[:, 16:], sign * key[:, 16:]), "the keys' place, negated for away"
     without_places = VideoActionDetector(replace(PRESETS["synthetic"], class_position=False))
     for layer in without_places.decoder.classifying:
         largest, of_keys = layer.query.weight.abs().max(), layer.key.weight.abs().max()

@@ -79,7 +79,7 @@ def make_decoder(name, num_places):
     model = VideoActionDetector(config)
     start_at_actors(model)
     for layer in getattr(model.decoder, "classifying", ()):
-        start_looking(layer, others=0.5)
+        start_looking(layer, other_strength=0.5)
     position = model.key_table(torch.zeros(1, 1, HEIGHT, WIDTH, dtype=torch.bool))
     return model.decoder, position.flatten(0, 3)  # (1, 1, H, W, D) -> (N, D)
 
