@@ -63,7 +63,6 @@ class PlacedEncoder(DeformableEncoder):
 # The start
 
 
-@torch.no_grad()
 def initialise_small(model):
     """Called on a model that was initialised as the paper's is."""
     start_at_actors(model)
@@ -150,8 +149,9 @@ def start_looking(layer, other_strength):
     if layer.query.in_features > dim:  # else there are no positions in Eq. 1 (Table 3)
         strengths = torch.full((heads,), 2.0)  # (M,)
         strengths[(heads + 1) // 2:] = other_strength
-        place_of = (by_place(strengths, dim), by_place(strengths.abs(), dim))  # (M, D/M, D) each
-        for weight, place in zip((layer.query.weight, layer.key.weight), place_of):
+        of_query = (layer.query.weight, by_place(strengths, dim))  # place: (M, D/M, D)
+        of_key = (layer.key.weight, by_place(strengths.abs(), dim))
+        for weight, place in (of_query, of_key):
             content = nn.init.xavier_uniform_(torch.empty(dim, dim))
             content = content.view(heads, -1, dim)  # (M, D/M, D)
             of_content = torch.cat([content, torch.zeros_like(place)], -1)  # (M, D/M, 2D)

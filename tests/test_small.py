@@ -49,7 +49,9 @@ def test_half_of_the_class_heads_start_at_the_actor_and_the_last_layers_others_a
             share = maps[..., near].sum(-1).mean(0)  # (M,) of the classes
             times_area[number].append(share / near.float().mean())
     first, last = (torch.stack(of_layer) for of_layer in times_area)  # (A, M): 1 is unbound
-    close, loose, away = torch.cat([first[:, :2], last[:, :2]], 1), first[:, 2:], last[:, 2:]
+    close = torch.cat([first[:, :2], last[:, :2]], 1)  # (A, 4)
+    loose = first[:, 2:]  # (A, 2)
+    away = last[:, 2:]  # (A, 2)
     assert (close > 1.5).all() and (close.mean(0) > 2).all()
     assert (loose.mean(0) > 0.8).all() and (loose.mean(0) < 1.4).all()
     assert (away.mean(0) < 0.75).all()
